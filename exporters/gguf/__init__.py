@@ -1,0 +1,53 @@
+"""GGUF files: packing, metadata, tokenizer, writing; and a strict reader.
+
+Names are resolved on first use, so that importing this package costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from exporters.gguf.metadata import hyperparameters, rope_factors
+    from exporters.gguf.names import gguf_name, permute_rope, rope_heads
+    from exporters.gguf.packing import pack
+    from exporters.gguf.tokenizer import read_vocabulary
+    from exporters.gguf.types import file_type, ggml_type, row_bytes
+    from exporters.gguf.vocabulary import TokenType, Vocabulary
+    from exporters.gguf.writer import TensorEntry, check_writable, write_gguf
+
+__all__ = [
+    "TensorEntry",
+    "TokenType",
+    "Vocabulary",
+    "check_writable",
+    "file_type",
+    "ggml_type",
+    "gguf_name",
+    "hyperparameters",
+    "pack",
+    "permute_rope",
+    "read_vocabulary",
+    "rope_factors",
+    "rope_heads",
+    "row_bytes",
+    "write_gguf",
+]
+
+_HOMES = {
+    "metadata": ("hyperparameters", "rope_factors"),
+    "names": ("gguf_name", "permute_rope", "rope_heads"),
+    "packing": ("pack",),
+    "tokenizer": ("read_vocabulary",),
+    "types": ("file_type", "ggml_type", "row_bytes"),
+    "vocabulary": ("TokenType", "Vocabulary"),
+    "writer": ("TensorEntry", "check_writable", "write_gguf"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME_OF[name]}"), name)

@@ -1,0 +1,8 @@
+"""Hugging Face checkpoints, read strictly and one tensor at a time."""
+
+from __future__ import annotations
+
+from pipeline.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from pipeline.checkpoint.huggingface import hf_config, load_tokenizer
+
+__all__ = ["Checkpoint", "hf_config", "load_tokenizer", "open_checkpoint"]

@@ -1,0 +1,163 @@
+"""Options that several commands share, declared once.
+
+`takes_recipe` gives a command the options that choose a recipe: they are the parameters of
+`recipe_options`, spliced into the command's own signature.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.recipe_files import ResolvedRecipe
+
+_RECIPE, _TEXT, _TYPES = "Recipe", "Calibration and evaluation", "Types"
+
+
+def _option(flag: str, metavar: str, text: str, panel: str | None = None) -> Any:
+    return typer.Option(flag, metavar=metavar, help=text, rich_help_panel=panel)
+
+
+def _switch(flag: str, text: str, panel: str | None = None) -> Any:
+    return typer.Option(flag, help=text, rich_help_panel=panel)
+
+
+_TEXT_HELP = "Text file or hub data set."
+
+Model = Annotated[
+    str | None,
+    typer.Argument(metavar="MODEL", help="Folder or hub id; without it, the demo model."),
+]
+Revision = Annotated[str | None, _option("--revision", "REV", "Branch, tag or commit on the hub.")]
+Preset = Annotated[str, _option("--preset", "P", "fast, balanced or best.", _RECIPE)]
+RecipeFile = Annotated[
+    Path | None, _option("--recipe", "FILE", "TOML recipe, over the preset.", _RECIPE)
+]
+Overrides = Annotated[
+    list[str] | None, _option("--set", "KEY=VALUE", "Any key of the recipe; repeatable.", _RECIPE)
+]
+Target = Annotated[str | None, _option("--target", "FORMAT", "File format: gguf.", _TYPES)]
+WeightType = Annotated[str | None, _option("--type", "T", "Of the decoder weights.", _TYPES)]
+EmbeddingType = Annotated[
+    str | None, _option("--token-embedding-type", "T", "Of the token embedding.", _TYPES)
+]
+OutputType = Annotated[
+    str | None, _option("--output-tensor-type", "T", "Of the output head.", _TYPES)
+]
+AllowFallback = Annotated[
+    bool,
+    _switch("--allow-fallback", "Replace types where a width does not divide.", _TYPES),
+]
+Calibration = Annotated[str | None, _option("--calibration", "TEXT", _TEXT_HELP, _TEXT)]
+Evaluation = Annotated[str | None, _option("--evaluation", "TEXT", _TEXT_HELP, _TEXT)]
+Samples = Annotated[int | None, _option("--samples", "N", "Windows to calibrate on.", _TEXT)]
+Seqlen = Annotated[int | None, _option("--seqlen", "L", "Tokens per window.", _TEXT)]
+Seed = Annotated[int | None, _option("--seed", "N", "Of every random choice.")]
+Runtime = Annotated[
+    str | None, _option("--runtime", "WHEN", "Prove in stock llama.cpp: auto, require or off.")
+]
+
+Output = Annotated[
+    Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder to create.")
+]
+Overwrite = Annotated[bool, _switch("--overwrite", "Replace an earlier output folder.")]
+RunDir = Annotated[Path | None, _option("--run-dir", "DIR", "Keeps finished blocks for a resume.")]
+Fresh = Annotated[bool, _switch("--fresh", "Start over instead of resuming.")]
+AllowPickle = Annotated[bool, _switch("--allow-pickle", "Read PyTorch pickles; they can run code.")]
+ProgressMode = Annotated[str, _option("--progress", "MODE", "auto, plain, json or quiet.")]
+Debug = Annotated[bool, _switch("--debug", "Show the traceback of an error.")]
+OriginalModel = Annotated[
+    str | None, _option("--model", "MODEL", "Where the original is now, if it moved.")
+]
+
+
+@dataclass(frozen=True)
+class RecipeChoice:
+    """What the command line says about the recipe, not yet validated.
+
+    Attributes:
+        preset: Name of the preset.
+        file: TOML recipe, if any.
+        overrides: ``key=value`` texts, in order.
+        options: Values by dotted recipe key; None where the option was not given.
+    """
+
+    preset: str
+    file: Path | None
+    overrides: tuple[str, ...]
+    options: dict[str, Any]
+
+    def resolve(self) -> ResolvedRecipe:
+        """Layer and validate; imports pydantic, which ``--help`` must not pay for."""
+        from pipeline.recipe_files import load_recipe
+
+        return load_recipe(self.preset, self.file, self.overrides, self.options)
+
+
+def recipe_options(
+    model: Model = None,
+    preset: Preset = "balanced",
+    recipe: RecipeFile = None,
+    overrides: Overrides = None,
+    revision: Revision = None,
+    target: Target = None,
+    weight_type: WeightType = None,
+    token_embedding_type: EmbeddingType = None,
+    output_tensor_type: OutputType = None,
+    allow_fallback: AllowFallback = False,
+    calibration: Calibration = None,
+    evaluation: Evaluation = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    seed: Seed = None,
+    runtime: Runtime = None,
+) -> RecipeChoice:
+    """The options that choose a recipe."""
+    options = {
+        "model": model,
+        "revision": revision,
+        "target": target,
+        "type": weight_type,
+        "token_embedding_type": token_embedding_type,
+        "output_tensor_type": output_tensor_type,
+        "allow_fallback": allow_fallback or None,
+        "seed": seed,
+        "calibration.source": calibration,
+        "calibration.samples": samples,
+        "calibration.seqlen": seqlen,
+        "evaluation.source": evaluation,
+        "runtime.llamacpp": runtime,
+    }
+    return RecipeChoice(preset, recipe, tuple(overrides or ()), options)
+
+
+def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """Replace a command's first parameter, a `RecipeChoice`, by the options that make one."""
+    shared = _parameters(recipe_options)
+    own = _parameters(command)[1:]
+
+    @wraps(command)
+    def wrapper(**arguments: Any) -> None:
+        choice = recipe_options(**{p.name: arguments.pop(p.name) for p in shared})
+        command(choice, **arguments)
+
+    parameters = [*own, *shared]
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
+    return wrapper
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """A function's parameters with their annotations as objects, keyword-only."""
+    hints = get_type_hints(function, include_extras=True)
+    return [
+        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in inspect.signature(function).parameters.items()
+    ]

@@ -1,0 +1,1 @@
+"""Scales, error correction and lattices: pure functions from tensors to tensors."""

@@ -1,0 +1,41 @@
+"""Number formats: levels, blocks and the exact lattice of their scales."""
+
+from __future__ import annotations
+
+import difflib
+
+from pipeline.errors import UnsupportedError
+from pipeline.quantization.formats.base import Format, QuantizedTensor
+from pipeline.quantization.formats.ggml import GGML_FORMATS
+from pipeline.quantization.formats.integer import integer_format, parse_integer
+from pipeline.quantization.formats.lattice import BF16, FP16, FP32, ScaleLattice
+
+__all__ = [
+    "BF16",
+    "FP16",
+    "FP32",
+    "GGML_FORMATS",
+    "Format",
+    "QuantizedTensor",
+    "ScaleLattice",
+    "get_format",
+    "integer_format",
+]
+
+
+def get_format(name: str) -> Format:
+    """The format called `name` (case does not matter).
+
+    Raises:
+        UnsupportedError: Unknown name; lists the known ones and the nearest.
+    """
+    upper = name.upper()
+    found = GGML_FORMATS.get(upper) or parse_integer(upper)
+    if found is None:
+        near = difflib.get_close_matches(upper, GGML_FORMATS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UnsupportedError(
+            f"unknown type {name!r}",
+            fix=f"{hint}known: {', '.join(sorted(GGML_FORMATS))}, INT2..INT8, INT<bits>_G<group>",
+        )
+    return found

@@ -1,0 +1,98 @@
+"""What a quantized number format is, and what solvers return."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from pipeline.quantization.formats.lattice import ScaleLattice
+
+
+@dataclass(frozen=True)
+class Format:
+    """A block format: ``w = scale * level`` or ``w = scale * level + offset``.
+
+    Attributes:
+        name: Upper-case name; ggml names for ggml types, ``INT3_G128`` style for research formats.
+        levels: Representable values at scale 1, strictly increasing.
+        group_size: Consecutive inputs that share one scale; 0 means the whole row (channel-wise).
+        super_group: Consecutive inputs that share a super-scale; equals `group_size` without one.
+        affine: The group also stores an offset in the same lattice as its scale.
+        signed_scale: The scale may be negative, a free gain on asymmetric grids.
+        scale_lattice: Values that the stored (super-)scale can take.
+        bits_per_weight: Storage cost including scales (channel-wise: without the scales).
+        code_min: Code of the first level; `levels[code - code_min]` is the level of a code.
+        sub_scale: Inclusive integer range of a group's sub-scale under the super-scale, if any.
+    """
+
+    name: str
+    levels: tuple[float, ...]
+    group_size: int
+    super_group: int
+    affine: bool
+    signed_scale: bool
+    scale_lattice: ScaleLattice
+    bits_per_weight: float
+    code_min: int = 0
+    sub_scale: tuple[int, int] | None = None
+
+    @cached_property
+    def grid(self) -> Tensor:
+        """Levels as a float64 tensor [levels]."""
+        return torch.tensor(self.levels, dtype=torch.float64)
+
+    def group_of(self, width: int) -> int:
+        """Group size for rows of `width` inputs (resolves channel-wise)."""
+        return self.group_size or width
+
+    def block_of(self, width: int) -> int:
+        """Inputs that must stay together: the super-group, or the whole row if channel-wise."""
+        return self.super_group or width
+
+    def fits(self, width: int) -> bool:
+        """Whether rows of `width` inputs divide into whole (super-)groups."""
+        return width > 0 and width % self.block_of(width) == 0
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Codes and scales of one linear, exactly as the format stores them.
+
+    Attributes:
+        format: The format of all its groups.
+        codes: int8 [out, in].
+        scales: The stored fields. ``d`` float32 [out, super-groups] on the scale lattice; for
+            affine formats ``m`` float32 [out, groups]; with sub-scales ``sc`` int8 [out, groups].
+    """
+
+    format: Format
+    codes: Tensor
+    scales: Mapping[str, Tensor]
+
+    def group_scales(self) -> Tensor:
+        """Effective scale of each group, float32 [out, groups]."""
+        d = self.scales["d"]
+        if self.format.sub_scale is None:
+            return d
+        per_super = self.format.super_group // self.format.group_size
+        return d.repeat_interleave(per_super, dim=1) * self.scales["sc"].float()
+
+    def dequantize(self) -> Tensor:
+        """Weights that the runtime computes with, float32 [out, in], bit for bit.
+
+        Products of an fp16 scale and codes of up to 8 bits are exact in float32, so the order of
+        the multiplications in the runtime does not matter; the one addition of affine formats
+        rounds once, fused or not.
+        """
+        width = self.codes.shape[1]
+        group = self.format.group_of(width)
+        levels = self.format.grid.float().to(self.codes.device)
+        values = levels[self.codes.long() - self.format.code_min]
+        values = values * self.group_scales().repeat_interleave(group, dim=1)
+        if self.format.affine:
+            values = values + self.scales["m"].repeat_interleave(group, dim=1)
+        return values

@@ -1,0 +1,130 @@
+"""The quadratic that every method minimises: ``E(V) = tr((V - T) H (V - T)')``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import InputError
+
+DAMPING_LADDER = (1.0, 10.0, 100.0, 1000.0)
+"""Multiples of the requested damping that are tried, in order, until H factorises."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Triangular factors of H under a column order.
+
+    Attributes:
+        columns: Column order, int64 [in]: position i of the order holds column `columns[i]`.
+        root: Upper triangular R with ``H = R R'``, float64 [in, in]. Its diagonal blocks give the
+            Schur complement of H on a group whose later columns are still free, ``R_gg R_gg'``.
+        inverse_root: Upper triangular ``U = R^-1``, ``H^-1 = U' U``, float64 [in, in].
+    """
+
+    columns: Tensor
+    root: Tensor
+    inverse_root: Tensor
+
+
+@dataclass
+class LayerObjective:
+    """Second moments of the inputs that one set of linears shares.
+
+    With X the float model's inputs and Xq the quantized model's, the output error of one row is
+    ``||X w - Xq v||^2 = (v - t)' H (v - t) + const`` with ``t = H^-1 G w``.
+
+    Attributes:
+        hessian: ``H = Xq' Xq`` with damping on its diagonal, [in, in], float64.
+        cross: ``G = Xq' X`` with the same damping, [in, in], or None for symmetric calibration.
+        damping: What was added to the diagonal.
+        dead_inputs: Inputs that were zero on every calibration token.
+        damping_raised: Steps of `DAMPING_LADDER` that were needed beyond the first.
+    """
+
+    hessian: Tensor
+    cross: Tensor | None
+    damping: float
+    dead_inputs: int
+    damping_raised: int
+    _lower: Tensor = field(repr=False)
+
+    @classmethod
+    def from_moments(
+        cls, hessian: Tensor, cross: Tensor | None = None, *, damping: float = 0.01
+    ) -> LayerObjective:
+        """Damp the accumulated sums until H is positive definite.
+
+        Args:
+            hessian: Sum of ``x_q x_q'`` over tokens, [in, in].
+            cross: Sum of ``x_q x'`` over tokens, [in, in], or None.
+            damping: Fraction of the mean diagonal that is added to the diagonal.
+
+        Raises:
+            InputError: The sums are not finite, or stay indefinite on the whole damping ladder.
+        """
+        for name, matrix in (("H", hessian), ("G", cross)):
+            if matrix is not None and not torch.isfinite(matrix).all():
+                raise InputError(
+                    f"the calibration matrix {name} holds NaN or Inf",
+                    why="an activation overflowed, or the weights before this layer are not finite",
+                    fix="check the checkpoint, and the calibration text for degenerate samples",
+                )
+        H = hessian.double()
+        H = (H + H.T) / 2
+        diagonal = H.diagonal()
+        mean = float(diagonal.mean())
+        unit = mean if mean > 0 else 1.0
+        identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
+        for raised, multiple in enumerate(DAMPING_LADDER):
+            added = max(damping, 1e-12) * multiple * unit
+            damped = H + added * identity
+            lower, info = torch.linalg.cholesky_ex(damped)
+            if int(info) == 0:
+                G = None if cross is None else cross.double() + added * identity
+                dead = int((diagonal <= 0).sum())
+                return cls(damped, G, added, dead, raised, lower)
+        raise InputError(
+            "the calibration matrix H is not positive definite",
+            why=f"it stays indefinite with {DAMPING_LADDER[-1]:g} times the damping of {damping:g}",
+            fix="use more calibration tokens than inputs, or raise quantization.damping",
+        )
+
+    @classmethod
+    def identity(cls, width: int) -> LayerObjective:
+        """The data-free objective ``||v - w||^2``."""
+        eye = torch.eye(width, dtype=torch.float64)
+        return cls(eye, None, 0.0, 0, 0, eye)
+
+    def target(self, weight: Tensor, alpha: float = 1.0) -> Tensor:
+        """The float weights that rounding aims at, float64 [out, in].
+
+        ``T = W + alpha W (G - H)' H^-1``: alpha 0 is symmetric calibration (GPTQ), alpha 1 the
+        optimum of ``||X W - Xq V||^2`` (Qronos, arXiv 2505.11695), values between shrink the
+        correction (CoreQ, arXiv 2602.05902).
+
+        Args:
+            weight: Float weights, [out, in].
+            alpha: Share of the mismatch correction, 0 to 1.
+        """
+        W = weight.double()
+        if self.cross is None or alpha == 0:
+            return W
+        shifted = W @ (self.cross - self.hessian).T
+        return W + alpha * torch.cholesky_solve(shifted.T, self._lower).T
+
+    def loss(self, candidate: Tensor, target: Tensor) -> Tensor:
+        """``(v - t)' H (v - t)`` of every row, float64 [out]."""
+        difference = candidate.double() - target
+        return ((difference @ self.hessian) * difference).sum(1)
+
+    def factor(self, columns: Tensor) -> Factor:
+        """Factors of H with its columns taken in the given order, int64 [in]."""
+        H = self.hessian[columns][:, columns]
+        # An upper root comes from the lower one of the matrix read backwards.
+        root = torch.linalg.cholesky(H.flip(0, 1)).flip(0, 1)
+        identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
+        inverse_root = torch.linalg.solve_triangular(root, identity, upper=True)
+        return Factor(columns, root, inverse_root)

@@ -1,0 +1,242 @@
+"""The frozen, validated description of a run.
+
+A recipe holds every value that decides what a run does; where a value came from is kept beside it
+(`ResolvedRecipe.origins`), layered as defaults < preset < file < ``--set`` < command-line options.
+This module imports neither torch nor any other part of the pipeline that needs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic.fields import FieldInfo
+
+from pipeline.suggest import did_you_mean
+from pipeline.transforms import TRANSFORMS
+
+WEIGHT_TYPES = ("Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q6_K", "Q8_0")
+"""Types that decoder weights can be stored in (the ggml formats that the solvers know)."""
+
+TABLE_TYPES = (*WEIGHT_TYPES, "F16", "F32")
+"""Types that the token embedding and the output head can be stored in."""
+
+Value = str | int | float | bool | None | tuple[str, ...]
+"""What a recipe key can hold."""
+
+
+def _one_of(known: tuple[str, ...]) -> AfterValidator:
+    def check(value: str) -> str:
+        if value.upper() not in known:
+            raise ValueError(f"unknown type; {did_you_mean(value, known)}")
+        return value.upper()
+
+    return AfterValidator(check)
+
+
+def _known_transform(name: str) -> str:
+    if name not in TRANSFORMS:
+        raise ValueError(f"unknown transform {name!r}; {did_you_mean(name, TRANSFORMS)}")
+    return name
+
+
+WeightType = Annotated[str, _one_of(WEIGHT_TYPES)]
+TableType = Annotated[str, _one_of(TABLE_TYPES)]
+Transform = Annotated[str, AfterValidator(_known_transform)]
+Name = Annotated[str, Field(min_length=1)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class Calibration(_Frozen):
+    """The text that the second moments H and G are measured on."""
+
+    source: Name | None = Field(
+        default=None,
+        description="Text file or hub data set; unset: the standard library for the demo model, "
+        "else wikitext2.",
+    )
+    samples: int = Field(default=128, ge=1, description="Windows of text.")
+    seqlen: int = Field(default=512, ge=2, description="Tokens per window.")
+    batch: int = Field(
+        default=8, ge=1, description="Windows per forward pass: memory against speed."
+    )
+    mismatch: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="How far targets correct the error of the blocks before: "
+        "0 symmetric GPTQ, 1 Qronos.",
+    )
+
+
+class Quantization(_Frozen):
+    """How scales and codes are chosen."""
+
+    scales: Literal["absmax", "piso"] = Field(default="piso", description="How scales are chosen.")
+    rounding: Literal["nearest", "gptq"] = Field(
+        default="gptq",
+        description="How codes are chosen; gptq spreads each error onto later columns.",
+    )
+    metric: Literal["schur", "block"] = Field(
+        default="schur",
+        description="Metric of a group's scale: the Hessian's Schur complement (columns still "
+        "free) or its diagonal block.",
+    )
+    signed: bool = Field(
+        default=True, description="Let scales be negative where the format stores a sign."
+    )
+    activation_order: bool = Field(
+        default=True, description="Round the columns with the largest activations first."
+    )
+    damping: float = Field(
+        default=0.01, ge=0, le=1, description="Added to H's diagonal, as a fraction of its mean."
+    )
+
+
+class Evaluation(_Frozen):
+    """The text and the protocols that quality and parity are measured with."""
+
+    source: Name | None = Field(
+        default=None, description="Text file or hub data set; unset: what calibration holds out."
+    )
+    context: int = Field(
+        default=512, ge=4, description="Tokens per chunk, llama-perplexity's protocol."
+    )
+    chunks: int = Field(default=40, ge=1, description="Chunks scored, llama-perplexity's protocol.")
+    gptq_context: int = Field(
+        default=2048, ge=2, description="Tokens per window, GPTQ papers' protocol."
+    )
+
+
+class Gates(_Frozen):
+    """Limits of the parity ladder; beyond one, the run fails."""
+
+    twin: float = Field(
+        default=1e-5,
+        gt=0,
+        description="abs(d ln ppl), runtime on the unquantized twin against PyTorch.",
+    )
+    kernels_rms: float = Field(
+        default=1e-4,
+        gt=0,
+        description="Relative rms difference, each of a runtime's matrix products against PyTorch "
+        "with its activation rounding.",
+    )
+    kernels_kld: float = Field(
+        default=5e-5, gt=0, description="Mean KLD, likewise, the output head alone."
+    )
+    deployed_lnppl: float = Field(
+        default=2e-3, gt=0, description="abs(d ln ppl), runtime on the file against PyTorch."
+    )
+    deployed_kld: float = Field(
+        default=1e-3, gt=0, description="Mean KLD, runtime on the file against PyTorch."
+    )
+    max_ln_ppl_increase: float | None = Field(
+        default=None,
+        gt=0,
+        description="Quality lost to quantization, ln(ppl / ppl); unset: report only.",
+    )
+
+
+class Runtime(_Frozen):
+    """Which runtimes prove the file, and for how long they may run."""
+
+    llamacpp: Literal["auto", "require", "off"] = Field(
+        default="auto", description="Stock llama.cpp: when installed, always (else fail), or never."
+    )
+    time_limit_s: int = Field(
+        default=1800, ge=1, description="Seconds that one runtime child may take."
+    )
+
+
+class Recipe(_Frozen):
+    """Everything that decides what a run does."""
+
+    model: Name | None = Field(
+        default=None, description="Checkpoint folder or hub id; unset: the embedded demo model."
+    )
+    revision: Name | None = Field(default=None, description="Branch, tag or commit of a hub model.")
+    target: Literal["gguf"] = Field(default="gguf", description="File format to produce.")
+    type: WeightType = Field(default="Q4_0", description="Type of the decoder weights.")
+    token_embedding_type: TableType = Field(
+        default="Q8_0", description="Type of the token embedding."
+    )
+    output_tensor_type: TableType | None = Field(
+        default=None,
+        description="Type of the output head; unset: shared with the embedding where tied, "
+        "else the embedding's type.",
+    )
+    allow_fallback: bool = Field(
+        default=False,
+        description="Replace a type where a width does not divide, instead of failing.",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of every random choice.")
+    transforms: tuple[Transform, ...] = Field(
+        default=(), strict=False, description="Function-preserving rewrites, in order."
+    )
+    calibration: Calibration = Calibration()
+    quantization: Quantization = Quantization()
+    evaluation: Evaluation = Evaluation()
+    gates: Gates = Gates()
+    runtime: Runtime = Runtime()
+
+    @field_validator("revision")
+    @classmethod
+    def _needs_model(cls, revision: str | None, info: ValidationInfo) -> str | None:
+        if revision is not None and info.data.get("model") is None:
+            raise ValueError("only a hub model has revisions, and no model is given")
+        return revision
+
+    def flat(self) -> dict[str, Value]:
+        """Every value under its dotted key (``calibration.samples``), in field order."""
+        return {key: _lookup(self, key) for key in recipe_fields()}
+
+    def decisive(self) -> dict[str, Value]:
+        """The values that decide the bytes of the quantized weights, under their dotted keys.
+
+        What only measures or judges the result (evaluation, gates, runtime) is left out, so that an
+        interrupted run may continue with another gate.
+        """
+        measuring = ("evaluation.", "gates.", "runtime.")
+        return {key: value for key, value in self.flat().items() if not key.startswith(measuring)}
+
+
+def _lookup(recipe: Recipe, key: str) -> Value:
+    holder: object = recipe
+    for part in key.split("."):
+        holder = getattr(holder, part)
+    return holder  # type: ignore[return-value]
+
+
+@cache
+def recipe_fields() -> dict[str, FieldInfo]:
+    """Every key of a recipe, dotted, with its default and description; top-level keys first."""
+    fields: dict[str, FieldInfo] = {}
+    for name, field in Recipe.model_fields.items():
+        if isinstance(field.default, _Frozen):
+            section = type(field.default).model_fields
+            fields.update({f"{name}.{key}": leaf for key, leaf in section.items()})
+        else:
+            fields[name] = field
+    return fields
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """SHA-256 of a recipe's values, hexadecimal; the same in every process and on every machine."""
+    canonical = json.dumps(recipe.flat(), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

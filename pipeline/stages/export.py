@@ -1,0 +1,108 @@
+"""Write the GGUF file: a lossless repack of what the solver decided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from exporters.gguf import (
+    TensorEntry,
+    gguf_name,
+    permute_rope,
+    rope_factors,
+    rope_heads,
+    write_gguf,
+)
+from pipeline import __version__
+from pipeline.recipe import Recipe
+from pipeline.stages.load import Source
+from pipeline.stages.quantize import QuantizedModel
+from pipeline.stages.stored import digest
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+
+def export(path: Path, model: QuantizedModel, recipe: Recipe) -> dict[str, Any]:
+    """Write the quantized model.
+
+    Args:
+        path: File to write.
+        model: The finished matrices.
+        recipe: Named in the file's metadata.
+
+    Returns:
+        For each tensor of the file its type and the SHA-256 of the float32 weights that it stands
+        for (what the solver evaluated, or the checkpoint's), in the order of the file's rows.
+    """
+    source = model.source
+    promised: dict[str, Any] = {}
+
+    def promise(hf_name: str, kind: str, weights: np.ndarray) -> None:
+        target = gguf_name(hf_name)
+        in_file_order = _permuted(source, target, weights)
+        promised[target] = {"type": kind, "sha256_float32": digest(in_file_order)}
+
+    def rows(hf_name: str) -> np.ndarray:
+        if hf_name not in source.plan.types:
+            weights = source.read(hf_name).numpy()
+            promise(hf_name, "F32", weights)
+            return weights
+        stored = model.stored(hf_name)
+        promise(hf_name, stored.type, stored.dequantize().numpy())
+        return stored.rows()
+
+    method = f"{recipe.quantization.rounding} with {recipe.quantization.scales} scales"
+    write_gguf(
+        path,
+        config=source.checkpoint.config,
+        vocabulary=source.vocabulary,
+        tensors=_entries(source, rows, source.plan.types),
+        file_type=source.main_type,
+        provenance={"piso.generator": f"piso-deploy {__version__}", "piso.method": method},
+        name=source.name,
+    )
+    return promised
+
+
+def export_twin(path: Path, read: Callable[[str], Tensor], source: Source) -> None:
+    """Write the float twin: the same graph with every matrix dequantized to F32.
+
+    Args:
+        path: File to write.
+        read: Gives the weights by Hugging Face name.
+        source: Configuration, tokenizer and the list of tensors.
+    """
+    write_gguf(
+        path,
+        config=source.checkpoint.config,
+        vocabulary=source.vocabulary,
+        tensors=_entries(source, lambda name: read(name).numpy(), {}),
+        file_type="F32",
+    )
+
+
+def _entries(
+    source: Source, rows: Callable[[str], np.ndarray], types: Mapping[str, str]
+) -> list[TensorEntry]:
+    entries = []
+    for hf_name, shape in source.shapes.items():
+        target = gguf_name(hf_name)
+
+        def read(hf_name: str = hf_name, target: str = target) -> np.ndarray:
+            return _permuted(source, target, rows(hf_name))
+
+        entries.append(TensorEntry(target, types.get(hf_name, "F32"), shape, read))
+    factors = rope_factors(source.checkpoint.config)
+    if factors is not None:
+        entries.append(TensorEntry(ROPE_FACTORS, "F32", factors.shape, lambda: factors))
+    return entries
+
+
+def _permuted(source: Source, target: str, rows: np.ndarray) -> np.ndarray:
+    """Rows in the order of the file."""
+    heads = rope_heads(source.checkpoint.config, target)
+    return rows if heads is None else permute_rope(rows, heads)

@@ -1,0 +1,259 @@
+"""The parity ladder: is the file what the solver decided, and does the runtime agree?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.errors import UnsupportedError
+from pipeline.progress import Progress
+from pipeline.recipe import Recipe
+from pipeline.report import Gate, Quality
+from pipeline.stages.calibrate import Texts
+from pipeline.stages.evaluate import Logits, Pair, evaluate
+from pipeline.stages.export import export_twin
+from pipeline.stages.file_gates import bytes_gates, tokens_gates
+from pipeline.stages.kernel_gates import CLAIM as KERNELS_CLAIM
+from pipeline.stages.kernel_gates import kernel_gates
+from pipeline.stages.limits import limit_gate
+from pipeline.stages.load import Source
+from runtimes import llamacpp
+from runtimes.ggml_emulator import GGMLEmulator
+from runtimes.gguf_weights import GGUFWeights
+from runtimes.metrics import Comparison, Protocol
+from runtimes.torch_reference import TorchReference
+from runtimes.trace import TRACED_TOKENS, Trace
+
+FULL, TWIN = "full precision", "torch twin"
+EMULATOR, EMULATOR_FLOAT = "ggml emulator", "ggml emulator, float"
+LLAMA, LLAMA_FLOAT, LLAMA_DEFAULT = "llama.cpp", "llama.cpp, float twin", "llama.cpp, defaults"
+
+TWIN_PAIRS: tuple[Pair, ...] = ((TWIN, EMULATOR_FLOAT), (TWIN, LLAMA_FLOAT))
+QUALITY_PAIRS: tuple[Pair, ...] = (
+    (TWIN, EMULATOR),
+    (TWIN, LLAMA),
+    (FULL, TWIN),
+    (FULL, EMULATOR),
+    (FULL, LLAMA),
+    (FULL, LLAMA_DEFAULT),
+)
+
+TWIN_WINDOWS = 8
+"""Evaluation windows of the twin gate, whose claim is exact and needs no statistics."""
+
+CLAIMS = {
+    "twin": "the graph on the file's dequantized weights is PyTorch's",
+    "kernels": KERNELS_CLAIM,
+    "deployed": "on the file, it is PyTorch with the dequantized weights",
+}
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """What climbing the ladder found."""
+
+    gates: tuple[Gate, ...]
+    qualities: tuple[Quality, ...]
+
+
+def climb(
+    path: Path,
+    promised: Mapping[str, Any],
+    recipe: Recipe,
+    source: Source,
+    texts: Texts,
+    scratch: Path,
+    progress: Progress,
+) -> Ladder:
+    """Check a GGUF file from its bytes up to its quality.
+
+    Args:
+        path: The file.
+        promised: Type and digest of each quantized tensor, from `stages.export.export`.
+        recipe: Limits of the gates, and whether llama.cpp must run.
+        source: The full precision model.
+        texts: Evaluation text.
+        scratch: Folder for the float twin, which is removed again.
+        progress: A block is a model.
+
+    Raises:
+        UnsupportedError: llama.cpp is required and not installed.
+    """
+    stock = wants_llamacpp(recipe)
+    with ExitStack() as stack:
+        weights = GGUFWeights(path, source.checkpoint.config)
+        stack.callback(weights.close)
+        gates = bytes_gates(weights, promised, source)
+        gates += tokens_gates(path, source, texts.sources[1].text, stock)
+        if any(gate.status == "red" for gate in gates):
+            return Ladder(tuple(gates), ())
+        engines = _open_engines(path, weights, source, recipe, scratch if stock else None, stack)
+        window = next(iter(texts.evaluation.values()))[0]
+        kernels = _kernel_gates(engines.traces, weights, source, window, recipe)
+        found: dict[Protocol, dict[Pair, Comparison]] = {}
+        for protocol, tokens in texts.evaluation.items():
+            pairs = QUALITY_PAIRS if not found else ((FULL, TWIN),)
+            found[protocol] = evaluate(engines.models, pairs, tokens, protocol, progress)
+        protocol, tokens = next(iter(texts.evaluation.items()))
+        tokens = tokens[:TWIN_WINDOWS]
+        twins = evaluate(engines.models, TWIN_PAIRS, tokens, protocol, progress)
+    first = next(iter(found.values()))
+    gates += _comparison_gates("twin", twins, recipe, stock)
+    gates += kernels
+    gates += _comparison_gates("deployed", first, recipe, stock)
+    qualities = tuple(
+        _quality(protocol, candidate, comparison)
+        for protocol, comparisons in found.items()
+        for (reference, candidate), comparison in comparisons.items()
+        if reference == FULL
+    )
+    gates.append(_quality_gate(first, recipe))
+    return Ladder(tuple(gates), qualities)
+
+
+def wants_llamacpp(recipe: Recipe) -> bool:
+    """Whether the ladder is to be climbed in stock llama.cpp too.
+
+    Raises:
+        UnsupportedError: It is required and not installed.
+    """
+    if recipe.runtime.llamacpp == "require" and not llamacpp.available():
+        raise UnsupportedError(
+            "llama.cpp is required and not installed",
+            fix="pip install 'piso-deploy[llamacpp]', or drop runtime.llamacpp = \"require\"",
+        )
+    return recipe.runtime.llamacpp != "off" and llamacpp.available()
+
+
+@dataclass(frozen=True)
+class _Engines:
+    models: dict[str, Logits]
+    traces: dict[str, Trace]
+
+
+def _open_engines(
+    path: Path,
+    weights: GGUFWeights,
+    source: Source,
+    recipe: Recipe,
+    scratch: Path | None,
+    stack: ExitStack,
+) -> _Engines:
+    """PyTorch and the emulator; with a folder for its float twin, stock llama.cpp too."""
+
+    def read(name: str) -> Tensor:
+        """The file's matrices, the checkpoint's norms and biases: the twin vouches for the rest."""
+        return weights.read(name) if name in source.plan.types else source.read(name)
+
+    head = source.head
+    emulator = stack.enter_context(GGMLEmulator(path))
+    floating = stack.enter_context(GGMLEmulator(path, round_activations=False))
+    models: dict[str, Logits] = {
+        FULL: TorchReference(source.config, source.read, head=head).logits,
+        TWIN: TorchReference(source.config, read, head=head).logits,
+        EMULATOR: emulator.logits,
+        EMULATOR_FLOAT: floating.logits,
+    }
+    traces: dict[str, Trace] = {EMULATOR: emulator.trace}
+    if scratch is None:
+        return _Engines(models, traces)
+    twin = scratch / "float-twin.gguf"
+    stack.callback(lambda: twin.unlink(missing_ok=True))
+    export_twin(twin, weights.read, source)
+    runners = _stock_runners(path, twin, recipe, stack)
+    names = (LLAMA, LLAMA_FLOAT, LLAMA_DEFAULT)
+    models |= {n: r.logits for n, r in zip(names, runners, strict=True)}
+    return _Engines(models, {**traces, LLAMA: runners[0].trace})
+
+
+def _kernel_gates(
+    traces: Mapping[str, Trace],
+    weights: GGUFWeights,
+    source: Source,
+    window: Tensor,
+    recipe: Recipe,
+) -> list[Gate]:
+    rounded = {name: weights.linear(name) for name in source.plan.types}
+    reference = TorchReference(source.config, weights.read, head=source.head, linears=rounded)
+    gates = kernel_gates(traces, reference, window[:TRACED_TOKENS], recipe)
+    return gates if LLAMA in traces else [*gates, _not_run("kernels", LLAMA, recipe)]
+
+
+def _stock_runners(
+    path: Path, twin: Path, recipe: Recipe, stack: ExitStack
+) -> list[llamacpp.LlamaCpp]:
+    limit = float(recipe.runtime.time_limit_s)
+    runners = [
+        llamacpp.LlamaCpp(path, mode="exact", time_limit=limit),
+        llamacpp.LlamaCpp(twin, mode="exact", time_limit=limit),
+        llamacpp.LlamaCpp(path, mode="default", time_limit=limit),
+    ]
+    for runner in runners:
+        stack.callback(runner.close)
+    return runners
+
+
+def _comparison_gates(
+    level: str, found: Mapping[Pair, Comparison], recipe: Recipe, stock: bool
+) -> list[Gate]:
+    """The rungs ``twin`` and ``deployed``, which compare logits with those of the torch twin."""
+    limits = recipe.gates
+    ran = {EMULATOR: EMULATOR_FLOAT, LLAMA: LLAMA_FLOAT} if level == "twin" else {}
+    gates = []
+    for runtime in (EMULATOR, LLAMA):
+        if runtime == LLAMA and not stock:
+            gates.append(_not_run(level, runtime, recipe))
+            continue
+        comparison = found[TWIN, ran.get(runtime, runtime)]
+        difference, divergence = abs(comparison.delta_nll), comparison.kld_mean
+        checks = {
+            "twin": [("abs(d ln ppl)", difference, limits.twin)],
+            "deployed": [
+                ("abs(d ln ppl)", difference, limits.deployed_lnppl),
+                ("mean KLD", divergence, limits.deployed_kld),
+            ],
+        }[level]
+        gates += [limit_gate(level, CLAIMS[level], runtime, *check) for check in checks]
+    return gates
+
+
+def _not_run(level: str, runtime: str, recipe: Recipe) -> Gate:
+    off = recipe.runtime.llamacpp == "off"
+    detail = "switched off" if off else "not installed: pip install 'piso-deploy[llamacpp]'"
+    return Gate(level, CLAIMS[level], runtime, None, "", "not run", detail)
+
+
+def _quality_gate(found: Mapping[Pair, Comparison], recipe: Recipe) -> Gate:
+    """Quantized against full precision, in the runtime that is closest to the user."""
+    runtime = next(n for n in (LLAMA, EMULATOR) if (FULL, n) in found)
+    figure = found[FULL, runtime].delta_nll
+    limit = recipe.gates.max_ln_ppl_increase
+    return Gate(
+        level="quality",
+        claim="quantized against full precision, d ln ppl",
+        runtime=runtime,
+        figure=figure,
+        limit="report only" if limit is None else f"d ln ppl < {limit:g}",
+        status="green" if limit is None or figure < limit else "red",
+    )
+
+
+def _quality(protocol: Protocol, runtime: str, comparison: Comparison) -> Quality:
+    return Quality(
+        protocol=protocol.name,
+        runtime=runtime,
+        reference_ppl=comparison.reference.ppl,
+        reference_se=comparison.reference.stderr,
+        ppl=comparison.candidate.ppl,
+        se=comparison.candidate.stderr,
+        d_ln_ppl=comparison.delta_nll,
+        d_ln_ppl_se=comparison.delta_stderr,
+        kld_mean=comparison.kld_mean,
+        kld_p999=comparison.kld_p999,
+        top1=comparison.top1_agreement,
+    )

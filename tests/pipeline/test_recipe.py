@@ -1,0 +1,246 @@
+"""Recipes: layers and their origins, messages, and the way back to TOML."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from pipeline.errors import UsageError
+from pipeline.recipe import TABLE_TYPES, WEIGHT_TYPES, Recipe, recipe_digest, recipe_fields
+from pipeline.recipe_files import load_recipe, preset_names, preset_text, to_toml
+
+OTHER_VALUES: dict[str, Any] = {
+    "model": "some/model",
+    "target": "gguf",
+    "type": "Q2_0",
+    "token_embedding_type": "Q6_K",
+    "output_tensor_type": "F16",
+    "allow_fallback": True,
+    "seed": 7,
+    "transforms": (),
+    "calibration.source": "text.txt",
+    "calibration.samples": 3,
+    "calibration.seqlen": 64,
+    "calibration.batch": 2,
+    "calibration.mismatch": 0.5,
+    "quantization.scales": "absmax",
+    "quantization.rounding": "nearest",
+    "quantization.metric": "block",
+    "quantization.signed": False,
+    "quantization.activation_order": False,
+    "quantization.damping": 0.02,
+    "evaluation.source": "other.txt",
+    "evaluation.context": 128,
+    "evaluation.chunks": 4,
+    "evaluation.gptq_context": 256,
+    "gates.twin": 1e-4,
+    "gates.kernels_rms": 1e-3,
+    "gates.kernels_kld": 1e-4,
+    "gates.deployed_lnppl": 1e-2,
+    "gates.deployed_kld": 1e-2,
+    "gates.max_ln_ppl_increase": 0.05,
+    "runtime.llamacpp": "off",
+    "runtime.time_limit_s": 60,
+}
+"""A value that no preset has, where there is one, for every key but `revision`."""
+
+ONE_VALUE_ONLY = {"target", "transforms"}
+
+
+def message(*overrides: str, **arguments: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        load_recipe(overrides=overrides, **arguments)
+    assert caught.value.fix
+    return str(caught.value)
+
+
+def test_later_layers_win_and_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text('seed = 3\n[calibration]\nsamples = 5\nseqlen = 6\nsource = "a.txt"\n')
+    resolved = load_recipe(
+        "fast",
+        file,
+        ["calibration.samples=7", "calibration.seqlen=8", "calibration.samples=9"],
+        {"calibration.seqlen": 10, "seed": None},
+    )
+    recipe, origins = resolved.recipe, resolved.origins
+    assert (recipe.calibration.samples, origins["calibration.samples"]) == (9, "--set")
+    assert (recipe.calibration.seqlen, origins["calibration.seqlen"]) == (10, "command line")
+    assert (recipe.seed, origins["seed"]) == (3, f"file {file}")
+    assert origins["quantization.scales"] == "preset fast"
+    assert origins["gates.twin"] == "default"
+    assert origins.keys() == recipe_fields().keys()
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_valid_and_set_nothing_that_a_file_could_not_unset(name: str) -> None:
+    resolved = load_recipe(name)
+    values = resolved.recipe.flat()
+    assert all(values[k] is not None for k, o in resolved.origins.items() if o != "default")
+    assert preset_text(name).startswith("# ")
+
+
+def test_presets_grow() -> None:
+    assert set(preset_names()) == {"fast", "balanced", "best"}
+    samples = [load_recipe(p).recipe.calibration.samples for p in ("fast", "balanced", "best")]
+    assert samples == sorted(samples)
+
+
+@pytest.mark.parametrize(("key", "value"), OTHER_VALUES.items())
+def test_every_key_changes_the_digest(key: str, value: Any) -> None:
+    before = load_recipe().recipe
+    after = load_recipe(options={key: value}).recipe
+    assert after.flat()[key] == value
+    assert (recipe_digest(after) == recipe_digest(before)) == (key in ONE_VALUE_ONLY)
+
+
+def test_every_key_is_described_and_covered_here() -> None:
+    assert set(OTHER_VALUES) | {"revision"} == recipe_fields().keys()
+    assert all(field.description for field in recipe_fields().values())
+
+
+def test_toml_round_trip_of_a_recipe_with_every_key_set(tmp_path: Path) -> None:
+    given_recipe = load_recipe(options={**OTHER_VALUES, "revision": "main"})
+    for text in (to_toml(given_recipe.recipe), to_toml(given_recipe.recipe, given_recipe.origins)):
+        file = tmp_path / "r.toml"
+        file.write_text(text, encoding="utf-8")
+        assert load_recipe("best", file).recipe == given_recipe.recipe
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1), st.floats(1e-300, 1e300))
+def test_toml_writes_what_the_standard_library_reads(text: str, number: float) -> None:
+    recipe = Recipe.model_validate({"model": text, "gates": {"twin": number}})
+    read = tomllib.loads(to_toml(recipe, dict.fromkeys(recipe_fields(), text)))
+    assert read["model"] == text
+    assert read["gates"]["twin"] == number
+
+
+def test_digest_is_the_same_in_another_process() -> None:
+    code = "from pipeline.recipe import *; print(recipe_digest(Recipe(seed=5)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == recipe_digest(Recipe(seed=5)) != recipe_digest(Recipe(seed=6))
+
+
+def test_only_what_decides_the_weights_is_decisive() -> None:
+    decisive = Recipe().decisive()
+    assert {"model", "type", "calibration.samples", "quantization.damping"} <= decisive.keys()
+    assert not any(key.startswith(("evaluation", "gates", "runtime")) for key in decisive)
+
+
+def test_recipes_are_frozen() -> None:
+    with pytest.raises(ValidationError):
+        Recipe().seed = 1  # type: ignore[misc]
+
+
+def test_import_needs_no_torch() -> None:
+    code = "import sys, pipeline.recipe_files; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_type_names_are_those_of_the_formats() -> None:
+    from pipeline.quantization.formats import GGML_FORMATS
+
+    assert set(WEIGHT_TYPES) == set(GGML_FORMATS)
+    assert set(TABLE_TYPES) - set(WEIGHT_TYPES) == {"F16", "F32"}
+
+
+def test_types_may_be_written_in_lower_case() -> None:
+    assert load_recipe(overrides=["type=q2_0"]).recipe.type == "Q2_0"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("model=org/name", "org/name"),
+        ('model="42"', "42"),
+        ("model = a = b", "a = b"),
+        ("model=", None),
+        ('model="x"\nseed=4', '"x"\nseed=4'),
+        ("gates.twin=1e-4", 1e-4),
+        ("gates.twin=1", 1.0),
+        ("quantization.signed=false", False),
+        ("transforms=[]", ()),
+    ],
+)
+def test_set_reads_toml_or_else_text(text: str, value: Any) -> None:
+    key = text.partition("=")[0].strip()
+    assert load_recipe(overrides=[text]).recipe.flat()[key] == value
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("calibration.sample=1", ["unknown recipe key", "(--set)", "calibration.samples?"]),
+        ("samples=1", ["did you mean calibration.samples?"]),
+        ("seqlne=1", ["did you mean calibration.seqlen?"]),
+        ("nothing.like.it=1", ["`python -m pipeline recipe` prints every key"]),
+        ("calibration=1", ["is a section", "calibration.seqlen"]),
+        ("type=Q4_O", ["type = 'Q4_O'", "did you mean Q4_0?"]),
+        ("type=INT4_G32", ["unknown type", "known: Q2_0"]),
+        ("type=F16", ["unknown type"]),
+        ("output_tensor_type=F61", ["did you mean F16?"]),
+        ("quantization.scales=pizo", ["did you mean piso?"]),
+        ("target=ggfu", ["did you mean gguf?"]),
+        ("runtime.llamacpp=of", ["did you mean off?"]),
+        ("transforms=['rotate']", ["unknown transform 'rotate'"]),
+        ("seed=-1", ["seed = -1", "greater than or equal to 0", "for example seed = 0"]),
+        ("seed=1.5", ["seed = 1.5", "valid integer"]),
+        ("seed=true", ["valid integer"]),
+        ("seed=9223372036854775808", ["less than"]),
+        ("calibration.samples=0", ["greater than or equal to 1"]),
+        ("calibration.seqlen=1", ["greater than or equal to 2"]),
+        ("calibration.mismatch=1.5", ["less than or equal to 1"]),
+        ("calibration.source=''", ["at least 1 character"]),
+        ("quantization.signed=1", ["valid boolean"]),
+        ("quantization.damping=nan", ["finite"]),
+        ("gates.twin=0", ["greater than 0"]),
+        ("gates.twin=inf", ["finite"]),
+        ("type=", ["type = None", 'for example type = "Q4_0"']),
+        ("revision=main", ["no model is given", "leave revision out"]),
+        ("seed", ["key=value", "--set calibration.samples=64"]),
+        ("=1", ["key=value"]),
+    ],
+)
+def test_messages_name_the_value_the_rule_and_the_fix(override: str, parts: list[str]) -> None:
+    text = message(override)
+    assert all(part in text for part in parts), text
+
+
+def test_message_names_the_layer_of_a_bad_value(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text("[calibration]\nsamples = -4\n")
+    assert f"calibration.samples = -4 is not valid (file {file})" in message(file=file)
+    assert "(command line)" in message(options={"calibration.seqlen": 0})
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"type = Q4_0\n", "line 1"),
+        (b"[calibration\n", "line 1"),
+        (b"\xff\xfe", "decode"),
+        (b"[calibrations]\nsamples = 2\n", "did you mean calibration.samples?"),
+        (b"calibration.samples.x = 2\n", "unknown recipe key"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, part: str) -> None:
+    file = tmp_path / "r.toml"
+    file.write_bytes(content)
+    assert part in message(file=file)
+
+
+def test_missing_file_and_unknown_preset(tmp_path: Path) -> None:
+    assert "cannot read the recipe" in message(file=tmp_path / "absent.toml")
+    assert "did you mean balanced?" in message(preset="balancd")
+
+
+def test_text_that_is_not_unicode_is_refused() -> None:
+    assert "unicode" in message(options={"model": "\udcff"})

@@ -82,15 +82,56 @@ class Calibration(_Frozen):
         description="How far targets correct the error of the blocks before: "
         "0 symmetric GPTQ, 1 Qronos.",
     )
+    mismatch_estimate: Literal[
+        "fixed", "split-halves", "shrinkage", "reachable", "closed-form", "sampled"
+    ] = Field(
+        default="fixed",
+        description="What multiplies mismatch: nothing, or CoreQ's coefficient, estimated for each "
+        "linear.",
+    )
+    stream_correction: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="How far linears that feed the residual stream also make good what the stream "
+        "lost before them.",
+    )
+    held_out: float = Field(
+        default=0.0,
+        ge=0,
+        le=0.5,
+        description="Share of the windows that solvers do not see; it decides how much refinement "
+        "is kept.",
+    )
 
 
 class Quantization(_Frozen):
     """How scales and codes are chosen."""
 
-    scales: Literal["absmax", "piso"] = Field(default="piso", description="How scales are chosen.")
-    rounding: Literal["nearest", "gptq"] = Field(
+    scales: Literal["absmax", "mse", "proxy", "piso", "lookahead"] = Field(
+        default="piso",
+        description="How scales are chosen: range, weight error, LDL diagonal of the Hessian, "
+        "exact optimum, or exact optimum judged by the loss after rounding the group.",
+    )
+    hessian: Literal["dense", "diagonal", "identity"] = Field(
+        default="dense", description="What piso keeps of the Hessian."
+    )
+    free_scales: bool = Field(
+        default=False,
+        description="Let piso fit a scale outside the range that rounds to its codes.",
+    )
+    rounding: Literal["nearest", "groupwise", "gptq", "gptaq", "qronos", "gpfq"] = Field(
         default="gptq",
         description="How codes are chosen; gptq spreads each error onto later columns.",
+    )
+    interleave: Literal["group", "layer"] = Field(
+        default="group",
+        description="When scales are chosen: as rounding enters each group, or before it starts.",
+    )
+    passes: int = Field(
+        default=1,
+        ge=0,
+        description="Passes over the groups of groupwise rounding and layer scales.",
     )
     metric: Literal["schur", "block"] = Field(
         default="schur",
@@ -102,6 +143,14 @@ class Quantization(_Frozen):
     )
     activation_order: bool = Field(
         default=True, description="Round the columns with the largest activations first."
+    )
+    orders: int = Field(
+        default=1, ge=1, description="Orders of groups that are tried; every row keeps its best."
+    )
+    refine_rounds: int = Field(
+        default=0,
+        ge=0,
+        description="Most rounds of refitting all scales of a row and descending on its codes.",
     )
     damping: float = Field(
         default=0.01, ge=0, le=1, description="Added to H's diagonal, as a fraction of its mean."
@@ -184,6 +233,9 @@ class Recipe(_Frozen):
     allow_fallback: bool = Field(
         default=False,
         description="Replace a type where a width does not divide, instead of failing.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where layers are solved; auto: a GPU if PyTorch sees one."
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of every random choice.")
     transforms: tuple[Transform, ...] = Field(

@@ -74,9 +74,10 @@ class Quality:
 def _quality(data: Mapping[str, Any]) -> Quality:
     """A row from plain data, where null stands for a figure that is not a number."""
     optional = ("kld_mean", "kld_p999", "top1")
-    return Quality(
-        **{k: math.nan if v is None and k not in optional else v for k, v in data.items()}
-    )
+    values: dict[str, Any] = {
+        k: math.nan if v is None and k not in optional else v for k, v in data.items()
+    }
+    return Quality(**values)
 
 
 @dataclass(frozen=True)

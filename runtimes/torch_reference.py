@@ -75,7 +75,7 @@ class DecoderBlock:
         projection = attention.o_proj
         attention.o_proj = nn.Identity()
         try:
-            positions = torch.arange(residual.shape[1])[None]
+            positions = torch.arange(residual.shape[1], device=residual.device)[None]
             return attention(
                 hidden_states=self.layer.input_layernorm(residual),
                 position_embeddings=self._rotary(residual, positions),
@@ -105,6 +105,7 @@ class TorchReference:
         head: Name of the output matrix (the embedding's, if tied).
         linears: Replaces the linear of that Hugging Face name: gets its module, returns another.
         batch: Windows that run together.
+        device: Where the model runs; tokens and weights are expected and moved there.
 
     Raises:
         UnsupportedError: No reference modules for the configuration's model type.
@@ -120,6 +121,7 @@ class TorchReference:
         head: str = "lm_head.weight",
         linears: Mapping[str, Callable[[nn.Linear], nn.Module]] | None = None,
         batch: int = 8,
+        device: torch.device | str = "cpu",
     ) -> None:
         if config.model_type not in _MODULES:
             raise UnsupportedError(
@@ -132,8 +134,8 @@ class TorchReference:
         self._norm_class = getattr(module, f"{prefix}RMSNorm")
         self.config = config
         self.config._attn_implementation = "sdpa"
-        self._rotary = getattr(module, f"{prefix}RotaryEmbedding")(config=config)
-        self._read = read
+        self._rotary = getattr(module, f"{prefix}RotaryEmbedding")(config=config).to(device)
+        self._read = lambda name: read(name).to(device)
         self._head = head
         self._linears = dict(linears or {})
         self._batch = batch

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,10 @@ from pipeline.errors import InputError
 
 
 class Moments:
-    """``H = sum x_q x_q'`` and ``G = sum x_q x'`` over calibration tokens, float64 [in, in].
+    """Sums over calibration tokens, float64: ``H = sum x_q x_q'``, ``G = sum x_q x'``, [in, in].
+
+    For linears whose output joins the residual stream also ``C = sum x_q (r - r_q)'``, of shape
+    [in, hidden], with the two models' streams r and r_q where the output is added.
 
     Batches are multiplied in float32 and added in float64: the sums do not lose small batches, and
     every batch has the same shape on every run, so the same bits come out.
@@ -17,30 +22,80 @@ class Moments:
     Args:
         width: Number of inputs.
         cross: Whether the float model's inputs are given too.
+        mismatch: Whether ``sum (x - x_q)(x - x_q)'`` is accumulated as well (needs `cross`).
+        hidden: Width of the residual stream, if C is accumulated as well (needs `cross`).
         name: What the inputs belong to, for messages.
+        device: Where the inputs are and the sums are kept.
     """
 
-    def __init__(self, width: int, *, cross: bool, name: str) -> None:
-        self.hessian = torch.zeros(width, width, dtype=torch.float64)
-        self.cross = torch.zeros(width, width, dtype=torch.float64) if cross else None
+    def __init__(
+        self,
+        width: int,
+        *,
+        cross: bool,
+        name: str,
+        mismatch: bool = False,
+        hidden: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(*shape, dtype=torch.float64, device=device)
+
+        self.hessian = zeros(width, width)
+        self.cross = zeros(width, width) if cross else None
+        self.mismatch = zeros(width, width) if mismatch else None
+        self.residual = zeros(width, hidden) if hidden else None
         self.tokens = 0
         self._name = name
 
-    def add(self, quantized: Tensor, reference: Tensor | None, first_sample: int) -> None:
+    def __add__(self, other: Moments) -> Moments:
+        """The moments of both sets of tokens."""
+        both = copy(self)
+        for name in ("hessian", "cross", "mismatch", "residual"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            setattr(both, name, None if mine is None or theirs is None else mine + theirs)
+        both.tokens = self.tokens + other.tokens
+        return both
+
+    def add(
+        self,
+        quantized: Tensor,
+        reference: Tensor | None,
+        first_sample: int,
+        coefficients: Tensor | None = None,
+        lost: Tensor | None = None,
+    ) -> None:
         """Add one batch.
 
         Args:
             quantized: Inputs of the quantized model, [samples, length, in].
             reference: Inputs of the float model at the same tokens, same shape, or None.
             first_sample: Index of the batch's first sample, for messages.
+            coefficients: Share of each sample's mismatch that enters G, [samples]: x becomes
+                ``x_q + a (x - x_q)`` there (`sampled_alpha`). None is all of it.
+            lost: ``r - r_q``, what the quantized residual stream lost so far, [samples, length,
+                hidden], or None.
 
         Raises:
             InputError: An input is NaN or Inf; names the site, the stream and the sample.
+            ValueError: Not one coefficient per sample, or coefficients or mismatch without G.
         """
         Xq = self._checked(quantized, "quantized", first_sample)
         self.hessian += Xq.T @ Xq
         if self.cross is not None and reference is not None:
-            self.cross += Xq.T @ self._checked(reference, "float", first_sample)
+            X = self._checked(reference, "float", first_sample)
+            if self.mismatch is not None:
+                self.mismatch += (X - Xq).T @ (X - Xq)
+            if coefficients is not None:
+                if coefficients.shape != quantized.shape[:1]:
+                    raise ValueError("one coefficient per sample is needed")
+                share = coefficients.to(Xq).repeat_interleave(len(Xq) // len(quantized))
+                X = Xq + share[:, None] * (X - Xq)
+            self.cross += Xq.T @ X
+            if self.residual is not None and lost is not None:
+                self.residual += Xq.T @ lost.flatten(0, 1)
+        elif self.mismatch is not None or coefficients is not None:
+            raise ValueError("a mismatch needs the float model's inputs and their products G")
         self.tokens += len(Xq)
 
     def _checked(self, inputs: Tensor, stream: str, first_sample: int) -> Tensor:

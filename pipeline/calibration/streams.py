@@ -63,13 +63,51 @@ class Stream:
             self.residual[i] = block(residual)
 
 
+JOINING = ("o", "down")
+"""Sites whose outputs are added to the residual stream."""
+
+
+@dataclass(frozen=True)
+class SiteMoments:
+    """Second moments of one site's inputs.
+
+    Attributes:
+        solving: Of the batches that the solver sees.
+        halves: The same as two sums, of the first and the second half of the text, if asked for.
+        held_out: Of the batches that were kept apart; None if there are none.
+    """
+
+    solving: Moments
+    halves: tuple[Moments, Moments] | None = None
+    held_out: Moments | None = None
+
+
+@dataclass(frozen=True)
+class MomentOptions:
+    """What to accumulate besides H, G and C.
+
+    Attributes:
+        held_out: Share of the batches that is kept apart, spread evenly over the text; at least
+            one batch, and none if there is only one.
+        halves: Whether to sum the two halves of the text apart (needs two batches).
+        mismatch: Whether to accumulate the moment of the inputs' difference.
+        coefficients: Share of each sample's mismatch that enters G, [samples], or None.
+    """
+
+    held_out: float = 0.0
+    halves: bool = False
+    mismatch: bool = False
+    coefficients: Tensor | None = None
+
+
 @torch.inference_mode()
 def site_moments(
     site: str,
     quantized: tuple[Block, Stream],
     reference: tuple[Block, Stream] | None,
     name: str,
-) -> Moments:
+    options: MomentOptions | None = None,
+) -> SiteMoments:
     """Second moments of one site's inputs over all calibration tokens.
 
     Args:
@@ -77,17 +115,47 @@ def site_moments(
         quantized: The partly quantized block and its stream.
         reference: The float block and its stream; None for symmetric calibration.
         name: Name of block and site, for messages.
+        options: What else to accumulate.
     """
+    options = options or MomentOptions()
     block, stream = quantized
-    moments: Moments | None = None
+    parts = _parts(len(stream.residual), options)
+    sums: dict[str, Moments] = {}
     sample = 0
-    for batch in range(len(stream.residual)):
+    for batch, residual in enumerate(stream.residual):
         inputs = stream.site_input(block, site, batch)
-        other = None if reference is None else reference[1].site_input(reference[0], site, batch)
-        if moments is None:
-            moments = Moments(inputs.shape[-1], cross=reference is not None, name=name)
-        moments.add(inputs, other, sample)
+        other = lost = coefficients = None
+        if reference is not None:
+            other = reference[1].site_input(reference[0], site, batch)
+            if site in JOINING:
+                lost = reference[1].residual[batch] - residual
+            if options.coefficients is not None:
+                coefficients = options.coefficients[sample : sample + len(inputs)]
+        if parts[batch] not in sums:
+            sums[parts[batch]] = Moments(
+                inputs.shape[-1],
+                cross=other is not None,
+                mismatch=options.mismatch and other is not None,
+                hidden=0 if lost is None else lost.shape[-1],
+                name=name,
+                device=inputs.device,
+            )
+        sums[parts[batch]].add(inputs, other, sample, coefficients, lost)
         sample += len(inputs)
-    if moments is None:
+    apart = sums.pop("held out", None)
+    if not sums:
         raise ValueError("no calibration windows")
-    return moments
+    solving, *rest = sums.values()
+    if not rest:
+        return SiteMoments(solving, None, apart)
+    return SiteMoments(solving + rest[0], (solving, rest[0]), apart)
+
+
+def _parts(batches: int, options: MomentOptions) -> list[str]:
+    """The sum that each batch goes to."""
+    parts = ["first" if n < batches / 2 or not options.halves else "second" for n in range(batches)]
+    if options.held_out > 0 and batches > 1:
+        count = min(max(1, round(options.held_out * batches)), batches - 1)
+        for n in range(count):
+            parts[(2 * n + 1) * batches // (2 * count)] = "held out"
+    return parts

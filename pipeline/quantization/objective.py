@@ -36,9 +36,14 @@ class LayerObjective:
     With X the float model's inputs and Xq the quantized model's, the output error of one row is
     ``||X w - Xq v||^2 = (v - t)' H (v - t) + const`` with ``t = H^-1 G w``.
 
+    A linear whose output is added to the residual stream can also make good what the stream lost
+    before it: with D = r - r_q, the difference of the two streams at that point, the error of the
+    sum is ``||D + X W' - Xq V'||^2`` and its optimum adds ``(H^-1 Xq' D)'`` to the targets.
+
     Attributes:
         hessian: ``H = Xq' Xq`` with damping on its diagonal, [in, in], float64.
         cross: ``G = Xq' X`` with the same damping, [in, in], or None for symmetric calibration.
+        residual: ``C = Xq' D``, [in, out], or None if the output is not added to the stream.
         damping: What was added to the diagonal.
         dead_inputs: Inputs that were zero on every calibration token.
         damping_raised: Steps of `DAMPING_LADDER` that were needed beyond the first.
@@ -50,22 +55,29 @@ class LayerObjective:
     dead_inputs: int
     damping_raised: int
     _lower: Tensor = field(repr=False)
+    residual: Tensor | None = None
 
     @classmethod
     def from_moments(
-        cls, hessian: Tensor, cross: Tensor | None = None, *, damping: float = 0.01
+        cls,
+        hessian: Tensor,
+        cross: Tensor | None = None,
+        residual: Tensor | None = None,
+        *,
+        damping: float = 0.01,
     ) -> LayerObjective:
         """Damp the accumulated sums until H is positive definite.
 
         Args:
             hessian: Sum of ``x_q x_q'`` over tokens, [in, in].
             cross: Sum of ``x_q x'`` over tokens, [in, in], or None.
+            residual: Sum of ``x_q (r - r_q)'`` over tokens, [in, out], or None.
             damping: Fraction of the mean diagonal that is added to the diagonal.
 
         Raises:
             InputError: The sums are not finite, or stay indefinite on the whole damping ladder.
         """
-        for name, matrix in (("H", hessian), ("G", cross)):
+        for name, matrix in (("H", hessian), ("G", cross), ("C", residual)):
             if matrix is not None and not torch.isfinite(matrix).all():
                 raise InputError(
                     f"the calibration matrix {name} holds NaN or Inf",
@@ -85,7 +97,8 @@ class LayerObjective:
             if int(info) == 0:
                 G = None if cross is None else cross.double() + added * identity
                 dead = int((diagonal <= 0).sum())
-                return cls(damped, G, added, dead, raised, lower)
+                C = None if residual is None else residual.double()
+                return cls(damped, G, added, dead, raised, lower, C)
         raise InputError(
             "the calibration matrix H is not positive definite",
             why=f"it stays indefinite with {DAMPING_LADDER[-1]:g} times the damping of {damping:g}",
@@ -98,22 +111,28 @@ class LayerObjective:
         eye = torch.eye(width, dtype=torch.float64)
         return cls(eye, None, 0.0, 0, 0, eye)
 
-    def target(self, weight: Tensor, alpha: float = 1.0) -> Tensor:
+    def target(self, weight: Tensor, alpha: float | Tensor = 1.0, beta: float = 0.0) -> Tensor:
         """The float weights that rounding aims at, float64 [out, in].
 
-        ``T = W + alpha W (G - H)' H^-1``: alpha 0 is symmetric calibration (GPTQ), alpha 1 the
-        optimum of ``||X W - Xq V||^2`` (Qronos, arXiv 2505.11695), values between shrink the
-        correction (CoreQ, arXiv 2602.05902).
+        ``T = W + (alpha W (G - H)' + beta C') H^-1``: alpha 0 is symmetric calibration (GPTQ),
+        alpha 1 the optimum of ``||X W' - Xq V'||^2`` (Qronos, arXiv 2505.11695), values between
+        shrink the correction (CoreQ, arXiv 2602.05902). With beta 1 as well it is the optimum of
+        the residual stream after the linear.
 
         Args:
             weight: Float weights, [out, in].
-            alpha: Share of the mismatch correction, 0 to 1.
+            alpha: Share of the correction for differing inputs, 0 to 1, or one a row, [out, 1].
+            beta: Share of the correction of the residual stream, 0 to 1.
         """
         W = weight.double()
-        if self.cross is None or alpha == 0:
+        shift = torch.zeros_like(W)
+        if self.cross is not None:
+            shift += alpha * (W @ (self.cross - self.hessian).T)
+        if self.residual is not None and beta:
+            shift += beta * self.residual.T
+        if not shift.any():
             return W
-        shifted = W @ (self.cross - self.hessian).T
-        return W + alpha * torch.cholesky_solve(shifted.T, self._lower).T
+        return W + torch.cholesky_solve(shift.T, self._lower).T
 
     def loss(self, candidate: Tensor, target: Tensor) -> Tensor:
         """``(v - t)' H (v - t)`` of every row, float64 [out]."""
@@ -128,3 +147,31 @@ class LayerObjective:
         identity = torch.eye(len(H), dtype=H.dtype, device=H.device)
         inverse_root = torch.linalg.solve_triangular(root, identity, upper=True)
         return Factor(columns, root, inverse_root)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Second moments of tokens that no solver has seen: the judge of refinements.
+
+    Attributes:
+        hessian: ``H = Xq' Xq``, [in, in], undamped.
+        cross: ``G = Xq' X``, [in, in]; None: the same as H.
+        residual: ``C = Xq' (r - r_q)``, [in, out], or None.
+    """
+
+    hessian: Tensor
+    cross: Tensor | None = None
+    residual: Tensor | None = None
+
+    def loss(self, candidate: Tensor, weight: Tensor) -> float:
+        """Squared error of the outputs, ``||D + X W' - Xq V'||^2``, up to a constant.
+
+        Args:
+            candidate: V, [out, in].
+            weight: The float weights W, [out, in].
+        """
+        V, W, H = candidate.double(), weight.double(), self.hessian
+        linear = W @ (H if self.cross is None else self.cross).T
+        if self.residual is not None:
+            linear = linear + self.residual.T
+        return float(((V @ H - 2 * linear) * V).sum())

@@ -54,6 +54,26 @@ class ColumnOrder:
         column_order = torch.cat([g * group + _descending(per_group[g]) for g in group_order])
         return cls(column_order, group_order, block_order)
 
+    @classmethod
+    def shuffled(cls, diagonal: Tensor, fmt: Format, generator: torch.Generator) -> ColumnOrder:
+        """Super-groups, and groups inside them, in random order; columns inside by activation.
+
+        Args:
+            diagonal: ``diag(H)``, [in].
+            fmt: Format whose groups stay whole.
+            generator: Source of the order, on the CPU.
+        """
+        width = len(diagonal)
+        group, block = fmt.group_of(width), fmt.block_of(width)
+        mass = diagonal.double().cpu().reshape(-1, group)
+        per_block = block // group
+        block_order = torch.randperm(width // block, generator=generator)
+        group_order = torch.cat(
+            [b * per_block + torch.randperm(per_block, generator=generator) for b in block_order]
+        )
+        columns = torch.cat([g * group + _descending(mass[g]) for g in group_order])
+        return cls(columns, group_order, block_order)
+
 
 def _descending(values: Tensor) -> Tensor:
     return torch.argsort(values, descending=True, stable=True)

@@ -1,26 +1,22 @@
-"""Walk the decoder blocks: measure, solve, and hand each site's error on to the next."""
+"""Quantize block by block; what is finished stays in the run directory."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.architectures.base import EMBEDDING, HEAD
-from pipeline.calibration.streams import Stream, site_moments
 from pipeline.errors import ResourceError
 from pipeline.progress import Progress
-from pipeline.quantization.formats import QuantizedTensor, get_format
-from pipeline.quantization.layer import LayerOptions, quantize_free, quantize_layer
-from pipeline.quantization.objective import LayerObjective
+from pipeline.quantization.layer import LayerOptions
 from pipeline.recipe import Recipe
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.load import Source
-from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
-from runtimes.torch_reference import DecoderBlock, TorchReference
+from pipeline.stages.stored import StoredTensor
+from pipeline.stages.walk import Walk, WalkSettings, store_free
 
 TABLES = "tables"
 
@@ -96,145 +92,63 @@ def quantize(
 
     Raises:
         InputError: Activations or moments are not finite; names block and site.
+        ResourceError: The device that the recipe asks for is not there.
     """
-    walk = _Walk(recipe, source, windows, run)
+    tables = _tables(source, run)
+    walk = Walk(source, tables[EMBEDDING].dequantize(), windows, walk_settings(recipe))
     sites: list[dict[str, Any]] = []
     for index in range(walk.n_blocks):
-        loaded = run.load(f"block-{index:04d}")
+        part = f"block-{index:04d}"
+        loaded = run.load(part)
         progress.block(index + 1, walk.n_blocks, resumed=loaded is not None)
         if loaded is not None:
-            walk.replay(index, restore_part(loaded), last=index + 1 == walk.n_blocks)
+            if index + 1 < walk.n_blocks:
+                walk.replay(index, restore_part(loaded))
             sites += loaded[1]["sites"]
             continue
+        stored: dict[str, StoredTensor] = {}
         records = []
-        for record in walk.solve(index):
-            progress.figure(record["site"], record["loss"])
-            records.append(record)
+        for solved in walk.solve(index):
+            stored |= solved.stored
+            records.append(solved.record)
+            progress.figure(solved.record["site"], solved.record["loss"])
+        _keep(run, part, stored, records)
         sites += records
     return QuantizedModel(source, run, sites)
 
 
-class _Walk:
-    """The float and the quantized model at the input of one block, with their streams."""
-
-    def __init__(self, recipe: Recipe, source: Source, windows: Tensor, run: RunDirectory) -> None:
-        self._recipe, self._source, self._run = recipe, source, run
-        self._tables = self._store_tables()
-        read = source.read
-        self._float = TorchReference(source.config, read, head=source.head)
-        batch = recipe.calibration.batch
-        embedded = nn.functional.embedding(windows, self._tables[EMBEDDING].dequantize())
-        self._quantized_stream = Stream(list(embedded.split(batch)))
-        self._float_stream = (
-            Stream(list(self._float.embed(windows).split(batch)))
-            if recipe.calibration.mismatch > 0
-            else None
-        )
-
-    @property
-    def n_blocks(self) -> int:
-        """Number of decoder blocks."""
-        return self._float.n_blocks
-
-    def _store_tables(self) -> dict[str, StoredTensor]:
-        """Embedding and head, which need no calibration."""
-        loaded = self._run.load(TABLES)
-        if loaded is None:
-            types = self._source.plan.types
-            tables = {
-                name: _store_free(types[name], self._source.read(name))
-                for name in (EMBEDDING, HEAD)
-                if name in types
-            }
-            self._keep(TABLES, tables, [])
-            return tables
+def _tables(source: Source, run: RunDirectory) -> dict[str, StoredTensor]:
+    """Embedding and head, which need no calibration."""
+    loaded = run.load(TABLES)
+    if loaded is not None:
         return restore_part(loaded)
+    types = source.plan.types
+    tables = {n: store_free(types[n], source.read(n)) for n in (EMBEDDING, HEAD) if n in types}
+    _keep(run, TABLES, tables, [])
+    return tables
 
-    def _keep(
-        self, part: str, stored: dict[str, StoredTensor], sites: list[dict[str, Any]]
-    ) -> None:
-        tensors: dict[str, Tensor] = {}
-        for name, tensor in stored.items():
-            tensors |= tensor.flatten(name)
-        types = {name: tensor.type for name, tensor in stored.items()}
-        self._run.store(part, tensors, {"types": types, "sites": sites})
 
-    def replay(self, index: int, stored: dict[str, StoredTensor], *, last: bool) -> None:
-        """Move both streams past a block that an earlier run finished."""
-        if last:
-            return
-        if self._float_stream is not None:
-            self._float_stream.pass_block(self._float.block(index))
-        block = self._float.block(index)
-        for name, tensor in stored.items():
-            _set(block, _relative(name), tensor.dequantize())
-        self._quantized_stream.pass_block(block)
+def _keep(
+    run: RunDirectory, part: str, stored: dict[str, StoredTensor], sites: list[dict[str, Any]]
+) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        tensors |= tensor.flatten(name)
+    types = {name: tensor.type for name, tensor in stored.items()}
+    run.store(part, tensors, {"types": types, "sites": sites})
 
-    def solve(self, index: int) -> Iterator[dict[str, Any]]:
-        """Quantize one block site by site; yields a record of each site, then stores the block."""
-        quantized = self._float.block(index)
-        reference = self._float.block(index) if self._float_stream is not None else None
-        stored: dict[str, StoredTensor] = {}
-        records: list[dict[str, Any]] = []
-        prefix = self._source.checkpoint.architecture.block_prefix(index)
-        for site in self._source.checkpoint.architecture.sites:
-            solved, record = self._solve_site(index, site.name, site.linears, quantized, reference)
-            for linear, tensor in solved.items():
-                stored[f"{prefix}{linear}.weight"] = tensor
-                _set(quantized, linear, tensor.dequantize())
-            self._quantized_stream.pass_site(quantized, site.name)
-            if reference is not None and self._float_stream is not None:
-                self._float_stream.pass_site(reference, site.name)
-            records.append(record)
-            yield record
-        self._keep(f"block-{index:04d}", stored, records)
 
-    def _solve_site(
-        self,
-        index: int,
-        site: str,
-        linears: tuple[str, ...],
-        quantized: DecoderBlock,
-        reference: DecoderBlock | None,
-    ) -> tuple[dict[str, StoredTensor], dict[str, Any]]:
-        other = (
-            (reference, self._float_stream)
-            if reference is not None and self._float_stream is not None
-            else None
-        )
-        moments = site_moments(
-            site, (quantized, self._quantized_stream), other, f"block {index}, site {site}"
-        )
-        objective = LayerObjective.from_moments(
-            moments.hessian, moments.cross, damping=self._recipe.quantization.damping
-        )
-        prefix = self._source.checkpoint.architecture.block_prefix(index)
-        weights = {linear: quantized.linear(linear).weight for linear in linears}
-        kinds = {linear: self._source.plan.types[f"{prefix}{linear}.weight"] for linear in linears}
-        solved: dict[str, StoredTensor] = {}
-        loss = 0.0
-        for kind in dict.fromkeys(kinds.values()):
-            group = [linear for linear in linears if kinds[linear] == kind]
-            if kind in FLOAT_TYPES:
-                solved |= {n: StoredTensor.floating(kind, weights[n]) for n in group}
-                continue
-            result = quantize_layer(
-                torch.cat([weights[n] for n in group]),
-                objective,
-                get_format(kind),
-                layer_options(self._recipe),
-            )
-            loss += result.relative_loss
-            parts = _split(result.quantized, [len(weights[n]) for n in group])
-            solved |= {n: StoredTensor(kind, p) for n, p in zip(group, parts, strict=True)}
-        return solved, {
-            "block": index,
-            "site": site,
-            "loss": loss,
-            "tokens": moments.tokens,
-            "dead_inputs": objective.dead_inputs,
-            "damping_raised": objective.damping_raised,
-        }
+def walk_settings(recipe: Recipe) -> WalkSettings:
+    """The part of a recipe that `Walk` takes."""
+    return WalkSettings(
+        options=layer_options(recipe),
+        damping=recipe.quantization.damping,
+        held_out=recipe.calibration.held_out,
+        batch=recipe.calibration.batch,
+        device=recipe.device,
+        mismatch_estimate=recipe.calibration.mismatch_estimate,
+        seed=recipe.seed,
+    )
 
 
 def layer_options(recipe: Recipe) -> LayerOptions:
@@ -242,32 +156,17 @@ def layer_options(recipe: Recipe) -> LayerOptions:
     quantization = recipe.quantization
     return LayerOptions(
         scales=quantization.scales,
-        rounding=quantization.rounding,
-        metric=quantization.metric,
+        hessian=quantization.hessian,
+        free_scales=quantization.free_scales,
         signed=quantization.signed,
+        metric=quantization.metric,
+        interleave=quantization.interleave,
+        rounding=quantization.rounding,
+        passes=quantization.passes,
         activation_order=quantization.activation_order,
+        orders=quantization.orders,
+        refine_rounds=quantization.refine_rounds,
         mismatch=recipe.calibration.mismatch,
+        stream_correction=recipe.calibration.stream_correction,
+        seed=recipe.seed,
     )
-
-
-def _store_free(kind: str, weight: Tensor) -> StoredTensor:
-    """A matrix without calibration. Wide types gain nothing from a search for scales."""
-    if kind in FLOAT_TYPES:
-        return StoredTensor.floating(kind, weight)
-    fmt = get_format(kind)
-    return StoredTensor(kind, quantize_free(weight, fmt, "absmax" if kind == "Q8_0" else "piso"))
-
-
-def _split(stacked: QuantizedTensor, rows: list[int]) -> Iterator[QuantizedTensor]:
-    """Take apart linears that were solved together."""
-    scales = {name: value.split(rows) for name, value in stacked.scales.items()}
-    for i, codes in enumerate(stacked.codes.split(rows)):
-        yield QuantizedTensor(stacked.format, codes, {n: v[i] for n, v in scales.items()})
-
-
-def _set(block: DecoderBlock, linear: str, weight: Tensor) -> None:
-    block.linear(linear).weight = nn.Parameter(weight, requires_grad=False)
-
-
-def _relative(name: str) -> str:
-    return name.split(".", 3)[3].removesuffix(".weight")

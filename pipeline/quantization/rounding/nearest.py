@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.kernels.twin import nearest_index
+from pipeline.kernels.twin.common import nearest_index
 from pipeline.quantization.formats import Format, QuantizedTensor
-from pipeline.quantization.scales.base import BlockScales, ScaleRule
+from pipeline.quantization.scales.base import BlockProblem, BlockScales, ScaleRule
 
 ROW_CHUNK = 8192
 """Rows that are handled together, which bounds memory for embeddings."""
@@ -42,7 +42,7 @@ def _rows(target: Tensor, hessian: Tensor | None, fmt: Format, rule: ScaleRule) 
         part = slice(start, start + block)
         weights = target[:, part].double()
         metric = identity if hessian is None else hessian[part, part]
-        scales = rule(weights, metric, weights @ metric, fmt)
+        scales = rule(BlockProblem(weights, metric, weights @ metric), fmt)
         indices = scales.level_indices
         if indices is None:
             indices = _nearest(weights, scales, fmt)

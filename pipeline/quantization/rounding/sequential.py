@@ -1,8 +1,9 @@
 """GPTQ as sequential rounding of any target, with scales chosen when a block is entered.
 
 The solver is that of GPTQ (arXiv 2210.17323), equal to LDLQ and to Babai's nearest plane
-(arXiv 2507.18553). The method's name depends on the target alone: the float weights give GPTQ, the
-mismatch-corrected ones Qronos and CoreQ (`LayerObjective.target`).
+(arXiv 2507.18553). The method's name depends on the target: the float weights give GPTQ, the
+mismatch-corrected ones CoreQ (`LayerObjective.target`) and Qronos (`rounding.qronos`). GPTAQ leaves
+the target alone and lets every column carry its mismatch on while it is rounded (`drift`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pipeline.kernels import round_columns
 from pipeline.quantization.formats import Format, QuantizedTensor
 from pipeline.quantization.objective import Factor
 from pipeline.quantization.order import ColumnOrder
-from pipeline.quantization.scales.base import BlockScales, ScaleRule
+from pipeline.quantization.scales.base import BlockProblem, BlockScales, ScaleRule
 
 Metric = Literal["schur", "block"]
 
@@ -33,6 +34,7 @@ def solve_sequential(
     rule: ScaleRule,
     *,
     metric: Metric = "schur",
+    drift: Tensor | None = None,
 ) -> QuantizedTensor:
     """Round a target column by column, each error compensated on the columns still to come.
 
@@ -48,50 +50,117 @@ def solve_sequential(
         fmt: Format of all rows.
         rule: Scale rule, called once per block with all rows.
         metric: ``schur`` or ``block``, what the rule minimises.
+        drift: Strictly upper triangular P in solver order, [in, in]: once column i is rounded, the
+            columns j to come also receive ``w_i P_ij``, w_i being its compensated weight before
+            rounding (`gptaq_drift`). None is the plain solver.
     """
     width = target.shape[1]
     group, block = fmt.group_of(width), fmt.block_of(width)
     work = target[:, order.columns].float().contiguous()
     inverse_root = factor.inverse_root.float()
+    P = None if drift is None else drift.float()
     levels = fmt.grid.float().to(work.device)
     indices = torch.empty(work.shape, dtype=torch.int64, device=work.device)
     chosen: list[BlockScales] = []
     stride = max(block, LAZY_COLUMNS // block * block)
     for outer in range(0, width, stride):
-        end = min(outer + stride, width)
-        errors = torch.empty(len(work), end - outer, device=work.device)
-        for start in range(outer, end, block):
-            part = slice(start, start + block)
-            weights = work[:, part]
-            M = _metric(metric, hessian, factor, part)
-            scales = rule(weights.double(), M, weights.double() @ M, fmt)
+        gathered = slice(outer, min(outer + stride, width))
+        errors = torch.empty(len(work), gathered.stop - outer, device=work.device)
+        reached = errors if P is None else torch.empty_like(errors)
+        for start in range(outer, gathered.stop, block):
+            part, here = (slice(a, a + block) for a in (start, start - outer))
+            scales = rule(_problem(work[:, part], hessian, factor, part, metric), fmt)
             chosen.append(scales)
-            indices[:, part], error = round_columns(
-                weights,
-                inverse_root[part, part],
-                scales.scale.float(),
-                scales.offset.float().contiguous(),
-                levels,
-                group,
+            own = None if P is None else P[part, part]
+            indices[:, part], errors[:, here] = round_block(
+                work[:, part], inverse_root[part, part], scales, levels, group, own
             )
-            errors[:, start - outer : start - outer + block] = error
-            work[:, start + block : end] -= error @ inverse_root[part, start + block : end]
-        work[:, end:] -= errors @ inverse_root[outer:end, end:]
-    return _assemble(indices, chosen, order, fmt)
+            if P is not None:
+                values = values_of(indices[:, part], scales, levels, group)
+                reached[:, here] = values + errors[:, here] * inverse_root.diagonal()[part]
+            later = slice(part.stop, gathered.stop)
+            _spread(work, part, later, errors[:, here], inverse_root, reached[:, here], P)
+        _spread(work, gathered, slice(gathered.stop, width), errors, inverse_root, reached, P)
+    return assemble(indices, chosen, order, fmt)
 
 
-def _metric(metric: Metric, hessian: Tensor, factor: Factor, part: slice) -> Tensor:
+def _problem(
+    weights: Tensor, hessian: Tensor, factor: Factor, part: slice, metric: Metric
+) -> BlockProblem:
     if metric == "block":
         columns = factor.columns[part]
-        return hessian[columns][:, columns]
-    root = factor.root[part, part]
-    return root @ root.T
+        M = hessian[columns][:, columns]
+    else:
+        root = factor.root[part, part]
+        M = root @ root.T
+    wide = weights.double()
+    return BlockProblem(wide, M, wide @ M, factor.inverse_root[part, part])
 
 
-def _assemble(
+def _spread(
+    work: Tensor,
+    part: slice,
+    later: slice,
+    errors: Tensor,
+    inverse_root: Tensor,
+    reached: Tensor,
+    drift: Tensor | None,
+) -> None:
+    """Update later columns for the errors of a rounded part and for what it reached before."""
+    work[:, later] -= errors @ inverse_root[part, later]
+    if drift is not None:
+        work[:, later] += reached @ drift[part, later]
+
+
+def round_block(
+    weights: Tensor,
+    factor: Tensor,
+    scales: BlockScales,
+    levels: Tensor,
+    group: int,
+    drift: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Level indices and errors of one block at chosen scales, see `pipeline.kernels.round_columns`.
+
+    Args:
+        weights: Compensated weights of the block, float32 [rows, block].
+        factor: Upper triangular factor of the block, float32 [block, block].
+        scales: Scales of the block.
+        levels: Levels at scale 1, float32 [levels].
+        group: Columns per scale.
+        drift: Drift inside the block, float32 [block, block], or None.
+    """
+    scale, offset = scales.scale.float(), scales.offset.float().contiguous()
+    return round_columns(weights, factor, scale, offset, levels, group, drift)
+
+
+def values_of(indices: Tensor, scales: BlockScales, levels: Tensor, group: int) -> Tensor:
+    """Weights that a block's codes stand for, in the dtype of the levels, [rows, block].
+
+    Args:
+        indices: Level indices, int64 [rows, block].
+        scales: Scales of the block.
+        levels: Levels at scale 1, [levels].
+        group: Columns per scale.
+    """
+    scale, offset = (
+        part.to(levels.dtype).repeat_interleave(group, dim=1)
+        for part in (scales.scale, scales.offset)
+    )
+    return scale * levels[indices] + offset
+
+
+def assemble(
     indices: Tensor, chosen: list[BlockScales], order: ColumnOrder, fmt: Format
 ) -> QuantizedTensor:
-    """Put codes and scales back into storage order."""
+    """Put codes and scales back into storage order.
+
+    Args:
+        indices: Level indices in solver order, int64 [out, in].
+        chosen: Scales of each block in the order in which they were chosen.
+        order: The column order that was followed.
+        fmt: Format of all rows.
+    """
     codes = torch.empty(indices.shape, dtype=torch.int8, device=indices.device)
     codes[:, order.columns] = (indices + fmt.code_min).to(torch.int8)
     fields = {}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.quantization.formats import Format
-from pipeline.quantization.scales.base import BlockScales
+from pipeline.quantization.scales.base import BlockProblem, BlockScales
 
 
 def smallest_covering_scale(weights: Tensor, levels: Tensor, *, signed: bool) -> Tensor:
@@ -39,14 +39,12 @@ def may_mirror(fmt: Format, allowed: bool) -> bool:
     return allowed and fmt.signed_scale and fmt.levels[0] != -fmt.levels[-1]
 
 
-def absmax(
-    weights: Tensor, metric: Tensor, linear: Tensor, fmt: Format, *, signed: bool = True
-) -> BlockScales:
+def absmax(problem: BlockProblem, fmt: Format, *, signed: bool = True) -> BlockScales:
     """Range-covering scales of one block; min-max scale and offset for affine formats.
 
-    Looks at the weights only. Shapes as in `ScaleRule`.
+    Looks at the weights only.
     """
-    del metric, linear
+    weights = problem.weights
     lattice = fmt.scale_lattice
     if fmt.affine:
         low, high = weights.amin(1, keepdim=True), weights.amax(1, keepdim=True)

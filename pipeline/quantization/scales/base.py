@@ -28,8 +28,23 @@ class BlockScales:
     level_indices: Tensor | None = None
 
 
-ScaleRule = Callable[[Tensor, Tensor, Tensor, Format], BlockScales]
-"""``rule(weights [rows, block], metric [block, block], linear [rows, block], format)``.
+@dataclass(frozen=True)
+class BlockProblem:
+    """One (super-)group of every row: choose scales so that ``v' M v - 2 v' b`` becomes small.
 
-The rule minimises ``v' M v - 2 v' b`` over the scales of the block with metric M and linear term b.
-"""
+    Attributes:
+        weights: Values that are rounded, [rows, block].
+        metric: M, symmetric positive definite, [block, block].
+        linear: b, [rows, block]; ``weights @ metric`` when only rounding separates v from weights.
+        inverse_root: Upper triangular U of the block inside the sequential solver, [block, block],
+            under which columns are rounded one after the other; None under round to nearest.
+    """
+
+    weights: Tensor
+    metric: Tensor
+    linear: Tensor
+    inverse_root: Tensor | None = None
+
+
+ScaleRule = Callable[[BlockProblem, Format], BlockScales]
+"""From one block of all rows to its scales, and to its codes if the rule finds them."""

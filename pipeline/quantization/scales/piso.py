@@ -1,58 +1,97 @@
 """Piecewise Scale Optimization (arXiv 2606.10890) as scale rules for one block.
 
 Single-scale blocks are solved exactly on the scale lattice by the sweep of
-`pipeline.kernels.piso_sweep`. Blocks with an offset are solved by alternation from several starts,
+`pipeline.kernels.piso_sweep`. Blocks with an offset go to `scales.affine`,
 blocks with sub-scales group by group followed by rounding onto the super-scale's lattice.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-from pipeline.kernels import fit_affine, piso_sweep
+from pipeline.errors import UnsupportedError
+from pipeline.kernels import piso_sweep, piso_sweep_diagonal
 from pipeline.quantization.formats import Format
 from pipeline.quantization.scales.absmax import may_mirror, on_lattice
-from pipeline.quantization.scales.base import BlockScales
+from pipeline.quantization.scales.affine import piso_affine
+from pipeline.quantization.scales.base import BlockProblem, BlockScales
 
-AFFINE_STARTS = tuple((shrink, p) for shrink in (1.0, 0.9, 0.8, 0.65) for p in (0.0, 0.5, 1.0))
-AFFINE_ITERATIONS = 8
+Curvature = Literal["dense", "diagonal", "identity"]
+"""Which part of the metric a rule looks at."""
 
 
 def piso(
-    weights: Tensor, metric: Tensor, linear: Tensor, fmt: Format, *, signed: bool = True
+    problem: BlockProblem,
+    fmt: Format,
+    *,
+    signed: bool = True,
+    clamp: bool = True,
+    hessian: Curvature = "dense",
 ) -> BlockScales:
     """Scales of one block that minimise ``v' M v - 2 v' b`` under round to nearest.
 
     Args:
-        weights: Values that are rounded, [rows, block].
-        metric: M, [block, block].
-        linear: b, [rows, block].
+        problem: The block.
         fmt: Format of the block.
         signed: Allow negative scales where the format does.
+        clamp: Keep each scale where its codes are the nearest ones (the published problem). False
+            fits it freely to the codes that some scale produces; single-scale formats only.
+        hessian: What is minimised. ``dense``: M and b. ``diagonal``: ``(v - c)' diag(M) (v - c)``
+            around the same minimum ``c = M^-1 b``. ``identity``: ``||v - w||^2``, without data.
+
+    Raises:
+        UnsupportedError: Unknown `hessian`.
     """
+    weights, metric, linear = problem.weights, problem.metric, problem.linear
+    diagonal = _diagonal(problem, hessian)
+    if diagonal is not None:
+        metric, linear = diagonal.diag(), diagonal * _centre(problem, hessian)
     signed = may_mirror(fmt, signed)
     if fmt.affine:
-        return _affine(weights, metric, linear, fmt)
+        return piso_affine(BlockProblem(weights, metric, linear), fmt, signed=signed)
     if fmt.sub_scale is not None:
         return _hierarchical(weights, metric, linear, fmt, signed)
-    grid = fmt.grid.to(weights.device)
-    result = piso_sweep(weights, metric, linear, grid, signed=signed, lattice=fmt.scale_lattice)
+    grid, lattice = fmt.grid.to(weights.device), fmt.scale_lattice
+    if diagonal is None:
+        result = piso_sweep(
+            weights, metric, linear, grid, signed=signed, lattice=lattice, clamp=clamp
+        )
+    else:
+        result = piso_sweep_diagonal(
+            weights, diagonal, linear, grid, signed=signed, lattice=lattice, clamp=clamp
+        )
     scale = result.scales[:, None].to(weights.dtype)
     return BlockScales(scale, torch.zeros_like(scale), {"d": scale.float()}, result.level_indices)
 
 
-def _affine(weights: Tensor, metric: Tensor, linear: Tensor, fmt: Format) -> BlockScales:
-    """Alternation for ``v = s q + m``; the offset is refitted once the scale is on its lattice."""
-    starts = torch.tensor(AFFINE_STARTS, dtype=torch.float64, device=weights.device)
-    M = metric.double()
-    centre = torch.linalg.solve(M, linear.double().T).T
-    scale, _, codes, _ = fit_affine(centre, M, len(fmt.levels), starts, AFFINE_ITERATIONS)
-    scale = fmt.scale_lattice.round(scale)[:, None]
-    residual = (centre - scale * codes) @ M
-    offset = fmt.scale_lattice.round(residual.sum(1, keepdim=True) / M.sum())
-    scale, offset = scale.to(weights.dtype), offset.to(weights.dtype)
-    return BlockScales(scale, offset, {"d": scale.float(), "m": offset.float()}, codes)
+def minimum(problem: BlockProblem) -> Tensor:
+    """Where ``v' M v - 2 v' b`` is smallest, ``M^-1 b``, [rows, block].
+
+    Exactly the weights where b is ``weights @ metric``.
+    """
+    gradient = problem.linear - problem.weights @ problem.metric
+    if not gradient.any():
+        return problem.weights
+    return problem.weights + torch.linalg.solve(problem.metric, gradient.T).T
+
+
+def _diagonal(problem: BlockProblem, hessian: Curvature) -> Tensor | None:
+    if hessian == "dense":
+        return None
+    if hessian == "diagonal":
+        return problem.metric.diagonal()
+    if hessian == "identity":
+        return torch.ones_like(problem.metric.diagonal())
+    raise UnsupportedError(
+        f"unknown Hessian mode {hessian!r}", fix="known: dense, diagonal, identity"
+    )
+
+
+def _centre(problem: BlockProblem, hessian: Curvature) -> Tensor:
+    return problem.weights if hessian == "identity" else minimum(problem)
 
 
 def _hierarchical(

@@ -319,7 +319,12 @@ LLAMA3 = {
 }
 UNWRITABLE: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "graph": ({"config": {"hidden_act": "gelu"}}, UnsupportedError, "gelu"),
-    "rope": ({"config": {"rope_scaling": LLAMA3}}, InputError, "low_freq_factor"),
+    # transformers 5 writes rope_parameters; both at once would be another error.
+    "rope": (
+        {"config": {"rope_parameters": None, "rope_scaling": LLAMA3}},
+        InputError,
+        "low_freq_factor",
+    ),
     "inventory": ({"config": {"num_hidden_layers": 2}}, InputError, "missing"),
     "extra": ({"names": ["blk.0.x.weight"]}, UnsupportedError, "does not use"),
     "twice": ({"names": ["token_embd.weight"]}, InputError, "listed twice"),

@@ -54,6 +54,16 @@ def test_the_loss_is_the_output_error_up_to_a_constant() -> None:
     torch.testing.assert_close(difference, output_error(a) - output_error(b), rtol=1e-6, atol=1e-6)
 
 
+def test_the_stream_correction_is_least_squares_with_what_the_stream_lost() -> None:
+    X, Xq, W = streams()
+    D = torch.randn(len(X), len(W), dtype=X.dtype, generator=torch.Generator().manual_seed(5))
+    objective = LayerObjective.from_moments(Xq.T @ Xq, Xq.T @ X, Xq.T @ D, damping=0)
+    expected = torch.linalg.lstsq(Xq, D + X @ W.T).solution.T
+    torch.testing.assert_close(objective.target(W, 1.0, 1.0), expected, rtol=1e-6, atol=1e-8)
+    half = (objective.target(W, 1.0, 0.0) + expected) / 2
+    torch.testing.assert_close(objective.target(W, 1.0, 0.5), half, rtol=1e-6, atol=1e-8)
+
+
 def test_factors_reproduce_h_and_its_inverse_in_any_order() -> None:
     X, _, _ = streams()
     objective = LayerObjective.from_moments(X.T @ X)
@@ -97,12 +107,13 @@ def test_a_hopeless_matrix_is_an_error() -> None:
         LayerObjective.from_moments(H, damping=1e-6)
 
 
-@pytest.mark.parametrize(("which", "value"), [("H", float("nan")), ("G", float("inf"))])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("which", ["H", "G", "C"])
 def test_a_non_finite_matrix_is_named(which: str, value: float) -> None:
-    H, G = torch.eye(4), torch.eye(4)
-    (H if which == "H" else G)[1, 2] = value
+    matrices = {"H": torch.eye(4), "G": torch.eye(4), "C": torch.zeros(4, 6)}
+    matrices[which][1, 2] = value
     with pytest.raises(InputError, match=f"matrix {which} holds NaN or Inf"):
-        LayerObjective.from_moments(H, G)
+        LayerObjective.from_moments(*matrices.values())
 
 
 def test_a_width_that_does_not_divide_is_refused() -> None:

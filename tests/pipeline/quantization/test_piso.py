@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import itertools
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.kernels import piso_sweep, twin
+from pipeline.kernels import piso_sweep
+from pipeline.kernels.twin import sweep as twin
 from pipeline.quantization.formats import ScaleLattice
 from tests.pipeline.quantization.problems import (
     GRIDS,
@@ -24,6 +26,16 @@ from tests.pipeline.quantization.problems import (
 
 SHARED_ORACLE = Path(__file__).parents[4] / "shared" / "notes" / "piso_oracle.py"
 needs_oracle = pytest.mark.skipif(not SHARED_ORACLE.exists(), reason="no shared notes here")
+
+
+def shared_oracle() -> ModuleType:
+    """The slow numpy oracle that the notes hold."""
+    spec = importlib.util.spec_from_file_location("piso_oracle", SHARED_ORACLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def problem(seed: int, grid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -75,22 +87,47 @@ def test_a_free_scale_is_never_worse_than_a_clamped_one(name: str) -> None:
     assert max(gains) > 0
 
 
+TINY = ScaleLattice("tiny", 2, -6, 48.0)
+"""A lattice with 2-bit significands: small enough to enumerate."""
+
+TINY_POINTS = sorted({m * 2.0**e for e in range(-6, 6) for m in (1, 2, 3) if m * 2.0**e <= 48})
+
+
+@pytest.mark.parametrize("clamp", [False, True])
 @pytest.mark.parametrize("signed", [False, True])
 @pytest.mark.parametrize("name", ["int2", "int3", "q2_0", "half levels", "fp4"])
-def test_optimal_over_every_point_of_a_coarse_lattice(name: str, signed: bool) -> None:
-    """A lattice with 2-bit significands is small enough to enumerate."""
-    lattice = ScaleLattice("tiny", 2, -6, 48.0)
-    points = sorted({m * 2.0**e for e in range(-6, 6) for m in (1, 2, 3) if m * 2.0**e <= 48})
+def test_optimal_over_every_point_of_a_coarse_lattice(name: str, signed: bool, clamp: bool) -> None:
     grid = GRIDS[name]
     for seed in range(25):
         w, H, b = problem(seed, grid)
-        scale, codes, objective = sweep(w, H, b, grid, signed=signed, lattice=lattice)
-        assert abs(scale) in [0.0, *points]
-        best = 0.0
-        for s in [*points, *(-p for p in points if signed)]:
-            best = min([best, *(energy(s * q, H, b) for q in nearest_codes(w, s, grid))])
+        w, b = w * 4.0 ** (seed % 4), b * 4.0 ** (seed % 4)  # up to beyond the largest scale
+        scale, codes, objective = sweep(w, H, b, grid, signed=signed, lattice=TINY, clamp=clamp)
+        assert abs(scale) in [0.0, *TINY_POINTS]
+        best = min(energies(w, H, b, grid, signed, clamp=clamp))
         assert objective == pytest.approx(best, rel=1e-9, abs=1e-12)
         assert energy(scale * codes, H, b) == pytest.approx(objective, rel=1e-9, abs=1e-12)
+
+
+def energies(w, H, b, grid, signed: bool, clamp: bool = True) -> list[float]:
+    """Objectives at every point of the tiny lattice, with its nearest codes or those of any scale.
+
+    Codes of any scale are found just above and below every transition.
+    """
+    scales = [*TINY_POINTS, *(-p for p in TINY_POINTS if signed)]
+    if clamp:
+        return [0.0, *(energy(s * q, H, b) for s in scales for q in nearest_codes(w, s, grid))]
+    marks = [m for m in transitions(w, grid) if signed or m > 0]
+    codes = [q for m in marks for q in nearest_codes(w, m, grid)]
+    signs = [m > 0 for m in marks for _ in range(2)]
+    return [
+        0.0,
+        *(
+            energy(s * q, H, b)
+            for q, up in zip(codes, signs, strict=True)
+            for s in scales
+            if (s > 0) == up
+        ),
+    ]
 
 
 def test_all_zero_and_all_equal_weights() -> None:
@@ -123,11 +160,7 @@ def test_the_compiled_sweep_and_its_twin_agree_bit_for_bit() -> None:
 @needs_oracle
 @pytest.mark.parametrize("clamp", [True, False])
 def test_equals_the_shared_oracle(clamp: bool) -> None:
-    spec = importlib.util.spec_from_file_location("piso_oracle", SHARED_ORACLE)
-    assert spec is not None
-    assert spec.loader is not None
-    oracle = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(oracle)
+    oracle = shared_oracle()
     for seed in range(20):
         for grid in GRIDS.values():
             w, H, b = problem(seed, grid)

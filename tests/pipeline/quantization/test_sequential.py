@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.kernels import round_columns, twin
+from pipeline.kernels import round_columns
+from pipeline.kernels.twin import columns as twin
 from pipeline.quantization.formats import Format, get_format
 from pipeline.quantization.objective import LayerObjective
 from pipeline.quantization.order import ColumnOrder
@@ -26,8 +27,8 @@ def layer(seed: int, rows: int, width: int, tokens: int = 0) -> tuple[torch.Tens
 
 
 def fixed_rule(scale: float):
-    def rule(weights, metric, linear, fmt):
-        s = torch.full((len(weights), 1), scale, dtype=torch.float64)
+    def rule(problem, fmt):
+        s = torch.full((len(problem.weights), 1), scale, dtype=torch.float64)
         return BlockScales(s, torch.zeros_like(s), {"d": s.float()})
 
     return rule
@@ -112,6 +113,28 @@ def test_compiled_rounding_and_its_twin_agree_bit_for_bit() -> None:
     expected = twin.round_columns(W, U, scales, offsets, levels, 32)
     assert torch.equal(got[0], expected[0])
     torch.testing.assert_close(got[1], expected[1], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_compiled_rounding_with_a_drift_and_its_twin_agree(dtype: torch.dtype) -> None:
+    W, objective = layer(6, rows=30, width=64)
+    U = objective.factor(torch.arange(64)).inverse_root
+    rng = np.random.default_rng(1)
+    drift = 0.05 * torch.tensor(rng.standard_normal((64, 64))).triu(1)
+    levels = get_format("Q4_1").grid
+    scales = torch.tensor(rng.uniform(0, 0.3, (30, 2)))
+    scales[4] = 0
+    offsets = torch.tensor(rng.uniform(-1, 0, (30, 2)))
+    W, U, scales, offsets, levels = (t.to(dtype) for t in (W, U, scales, offsets, levels))
+    got = round_columns(W, U, scales, offsets, levels, 32, drift)
+    expected = twin.round_columns(W, U, scales, offsets, levels, 32, drift.to(dtype))
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+    without = round_columns(W, U, scales, offsets, levels, 32)
+    none = round_columns(W, U, scales, offsets, levels, 32, torch.zeros_like(drift))
+    assert not torch.equal(got[0], without[0])
+    assert torch.equal(none[0], without[0])
+    assert torch.equal(none[1], without[1])
 
 
 @pytest.mark.parametrize("name", ["Q2_0", "Q4_0", "INT3_G64", "INT2"])

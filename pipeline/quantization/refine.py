@@ -1,0 +1,286 @@
+"""Refinement of a solved layer: scales refitted jointly, codes by coordinate descent, in turn.
+
+Both steps lower the same quadratic that the solver minimised, ``E(V) = tr((V - T) H (V - T)')``,
+and stop at a point that neither can improve. A step that does not lower a row's loss, for example
+because its refitted scales had to be put on the storage lattice, leaves that row as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.kernels import descend, fit_free
+from pipeline.quantization.formats import Format, QuantizedTensor
+from pipeline.quantization.scales.absmax import may_mirror
+
+LAZY_COLUMNS = 256
+"""Columns whose changes are gathered before they update the residual of all others."""
+
+SWEEPS = 2
+"""Passes over the codes of a group before the next one is visited."""
+
+REFIT_ROWS = 256
+"""Rows whose normal equations are built together, which bounds memory."""
+
+RISE = 1e-9
+"""Relative rise of a row's loss that is taken for rounding of the arithmetic."""
+
+
+@dataclass(frozen=True)
+class Refined:
+    """A refined layer.
+
+    Attributes:
+        quantized: The layer at the round that was kept.
+        losses: Loss summed over rows: before, then after each round.
+        kept: Round that was kept, 0 for none.
+    """
+
+    quantized: QuantizedTensor
+    losses: tuple[float, ...]
+    kept: int
+
+
+def refine(
+    quantized: QuantizedTensor,
+    hessian: Tensor,
+    target: Tensor,
+    *,
+    rounds: int,
+    signed: bool = True,
+    tolerance: float = 1e-4,
+    held_out: Callable[[Tensor], float] | None = None,
+) -> Refined:
+    """Alternate joint refit of scales and coordinate descent on codes until neither helps.
+
+    Args:
+        quantized: Start.
+        hessian: Damped H, [in, in].
+        target: T, [out, in].
+        rounds: Most alternations.
+        signed: Allow negative scales where the format does.
+        tolerance: Stop when a round lowers the total loss by a smaller fraction.
+        held_out: Loss of dequantized weights [out, in] on data that H has not seen. With it the
+            round with the smallest value is kept, without it the last.
+
+    Raises:
+        ArithmeticError: A step raised the loss of a row: a bug in this module.
+    """
+    state = _State(quantized, hessian, target, signed)
+    losses = [float(state.loss().sum())]
+    best, kept, chosen = state.held_out(held_out), 0, quantized
+    for n in range(1, rounds + 1):
+        before = state.loss()
+        state.refit()
+        _check(before, middle := state.loss(), "refit of the scales")
+        state.descend()
+        _check(middle, after := state.loss(), "coordinate descent")
+        losses.append(float(after.sum()))
+        judged = state.held_out(held_out)
+        if judged <= best:
+            best, kept, chosen = judged, n, state.quantized()
+        if losses[-1] >= losses[-2] * (1 - tolerance):
+            break
+    return Refined(chosen, tuple(losses), kept)
+
+
+def _check(before: Tensor, after: Tensor, step: str) -> None:
+    excess = float((after - before * (1 + RISE)).max())
+    if excess > RISE * float(before.mean()):
+        raise ArithmeticError(f"{step} raised the loss of a row by {excess:g}")
+
+
+class _State:
+    """Codes, scales and residual ``r = (T - V) H`` of all rows, float64."""
+
+    def __init__(
+        self, quantized: QuantizedTensor, hessian: Tensor, target: Tensor, signed: bool
+    ) -> None:
+        self.fmt: Format = quantized.format
+        self.signed = signed and self.fmt.signed_scale
+        self.mirrors = may_mirror(self.fmt, signed)
+        self.hessian, self.target = hessian.double(), target.double()
+        self.levels = self.fmt.grid.to(target.device)
+        self.indices = quantized.codes.long() - self.fmt.code_min
+        self.fields = {name: value.clone() for name, value in quantized.scales.items()}
+        self.block = self.fmt.block_of(target.shape[1])
+        self.group = self.fmt.group_of(target.shape[1])
+        self._evaluate()
+
+    def quantized(self) -> QuantizedTensor:
+        """The layer as it is stored."""
+        codes = (self.indices + self.fmt.code_min).to(torch.int8)
+        fields = {name: value.clone() for name, value in self.fields.items()}
+        return QuantizedTensor(self.fmt, codes, fields)
+
+    def held_out(self, judge: Callable[[Tensor], float] | None) -> float:
+        """What the judge says; a constant without one, so that the last round is kept."""
+        return 0.0 if judge is None else judge(self.values)
+
+    def loss(self) -> Tensor:
+        """Loss of every row, [out]."""
+        return ((self.target - self.values) * self.residual).sum(1)
+
+    def _evaluate(self) -> None:
+        self.values = _values(self.quantized())
+        self.residual = (self.target - self.values) @ self.hessian
+
+    # --- scales, codes fixed
+
+    def refit(self) -> None:
+        """Exact joint least squares over all (super-)scales and offsets of a row, codes fixed.
+
+        The normal equations ``(B'HB) s = B'HT`` of the basis B that has one column a super-group
+        (two with offsets); notes on two-stage grid optimization (arXiv 2602.02126) call the
+        coordinate-wise form of this stage 2.
+        """
+        basis = self._basis()
+        fitted = torch.cat(
+            [
+                _least_squares(
+                    [b[part] for b in basis], self.hessian, self.target[part], self.block
+                )
+                for part in torch.arange(len(self.target)).split(REFIT_ROWS)
+            ]
+        )
+        if not self.signed:
+            fitted[..., 0] = fitted[..., 0].clamp_min(0)
+        rounded = self.fmt.scale_lattice.round(fitted).float()
+        old_fields, old_values, old_residual = dict(self.fields), self.values, self.residual
+        before = self.loss()
+        for k, name in enumerate(self._names()):
+            self.fields[name] = rounded[..., k].contiguous()
+        self._evaluate()
+        better = (self.loss() < before)[:, None]
+        for name in self._names():
+            self.fields[name] = torch.where(better, self.fields[name], old_fields[name])
+        self.values = torch.where(better, self.values, old_values)
+        self.residual = torch.where(better, self.residual, old_residual)
+
+    def _names(self) -> tuple[str, ...]:
+        return ("d", "m") if self.fmt.affine else ("d",)
+
+    def _basis(self) -> list[Tensor]:
+        """What multiplies each stored scale and offset at every weight, each [out, in]."""
+        levels = self.levels[self.indices]
+        if self.fmt.sub_scale is not None:
+            levels = levels * self.fields["sc"].double().repeat_interleave(self.group, dim=1)
+        return [levels, torch.ones_like(levels)] if self.fmt.affine else [levels]
+
+    # --- codes
+
+    def descend(self) -> None:
+        """One cyclic pass over all blocks of columns; the scale of a group moves with its codes."""
+        width = self.target.shape[1]
+        stride = max(self.block, LAZY_COLUMNS // self.block * self.block)
+        for outer in range(0, width, stride):
+            end = min(outer + stride, width)
+            before = self.values[:, outer:end].clone()
+            for start in range(outer, end, self.block):
+                part = slice(start, start + self.block)
+                change = self._descend_block(part)
+                self.residual[:, outer:end] -= change @ self.hessian[part, outer:end]
+            change = self.values[:, outer:end] - before
+            self.residual[:, :outer] -= change @ self.hessian[outer:end, :outer]
+            self.residual[:, end:] -= change @ self.hessian[outer:end, end:]
+
+    def _descend_block(self, part: slice) -> Tensor:
+        """Improve one block of all rows; returns the change of its values."""
+        if self.fmt.affine or self.fmt.sub_scale is not None:
+            return self._descend_fixed(part)
+        M, old = self.hessian[part, part], self.values[:, part]
+        product = old @ M
+        linear = self.residual[:, part] + product
+        now = (old * (product - 2 * linear)).sum(1)
+        found = fit_free(
+            self.indices[:, part],
+            linear,
+            M,
+            self.levels,
+            sweeps=SWEEPS,
+            signed=self.signed,
+            lattice=self.fmt.scale_lattice,
+        )
+        better = found.objective < now
+        scale = torch.where(better, found.scales, self.fields["d"][:, part.start // self.block])
+        index = torch.where(better[:, None], found.level_indices, self.indices[:, part])
+        new = torch.where(better[:, None], scale[:, None] * self.levels[index], old)
+        self.indices[:, part] = index
+        self.fields["d"][:, part.start // self.block] = scale.float()
+        change = new - old
+        self.values[:, part] = new
+        return change
+
+    def _descend_fixed(self, part: slice) -> Tensor:
+        groups = slice(part.start // self.group, part.stop // self.group)
+        scales = _group_scales(self.fmt, self.fields)[:, groups]
+        offsets = self.fields["m"][:, groups] if self.fmt.affine else torch.zeros_like(scales)
+        index, change = descend(
+            self.indices[:, part],
+            scales,
+            offsets,
+            self.residual[:, part],
+            self.hessian[part, part],
+            self.levels,
+            self.group,
+        )
+        self.indices[:, part] = index
+        self.values[:, part] += change
+        return change
+
+
+def _group_scales(fmt: Format, fields: dict[str, Tensor]) -> Tensor:
+    d = fields["d"].double()
+    if fmt.sub_scale is None:
+        return d
+    return d.repeat_interleave(fmt.super_group // fmt.group_size, dim=1) * fields["sc"].double()
+
+
+def _values(quantized: QuantizedTensor) -> Tensor:
+    """Dequantized weights in float64, [out, in]."""
+    fmt, width = quantized.format, quantized.codes.shape[1]
+    levels = fmt.grid.to(quantized.codes.device)[quantized.codes.long() - fmt.code_min]
+    group = fmt.group_of(width)
+    values = levels * _group_scales(fmt, dict(quantized.scales)).repeat_interleave(group, dim=1)
+    if fmt.affine:
+        values = values + quantized.scales["m"].double().repeat_interleave(group, dim=1)
+    return values
+
+
+def _least_squares(basis: list[Tensor], hessian: Tensor, target: Tensor, block: int) -> Tensor:
+    """Coefficients of all basis columns that minimise the loss of each row.
+
+    Args:
+        basis: Values of each kind of basis function at every weight, each [rows, in].
+        hessian: [in, in].
+        target: [rows, in].
+        block: Columns per coefficient.
+
+    Returns:
+        [rows, blocks, kinds].
+    """
+    rows, width = target.shape
+    blocks, kinds = width // block, len(basis)
+    linear = target @ hessian
+    normal = target.new_empty(rows, blocks, kinds, blocks, kinds)
+    right = torch.stack([(b * linear).reshape(rows, blocks, block).sum(2) for b in basis], dim=2)
+    for g in range(blocks):
+        part = slice(g * block, (g + 1) * block)
+        for k, column in enumerate(basis):
+            product = column[:, part] @ hessian[part]
+            for j, other in enumerate(basis):
+                folded = (product * other).reshape(rows, blocks, block).sum(2)
+                normal[:, g, k, :, j] = folded
+    normal = normal.reshape(rows, blocks * kinds, blocks * kinds)
+    right = right.reshape(rows, blocks * kinds, 1)
+    diagonal = normal.diagonal(dim1=1, dim2=2)
+    # A basis column of zeros (all codes at level 0) leaves its coefficient open: make it 0.
+    ridge = torch.where(diagonal > 0, 1e-12 * diagonal, 1.0)
+    lower, failed = torch.linalg.cholesky_ex(normal + torch.diag_embed(ridge))
+    solution = torch.cholesky_solve(right, lower)
+    solution = torch.where((failed == 0)[:, None, None], solution, 0.0)
+    return solution.reshape(rows, blocks, kinds)

@@ -1,0 +1,36 @@
+"""Scales that were chosen before the solver starts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pipeline.quantization.formats import Format, QuantizedTensor
+from pipeline.quantization.scales.base import BlockProblem, BlockScales, ScaleRule
+
+
+def fixed_scales(quantized: QuantizedTensor, blocks: Tensor) -> ScaleRule:
+    """A rule that hands out the scales of another solution, block by block.
+
+    With scales of the same layer's round to nearest it makes the layer-wise interleaved variants of
+    PiSO (arXiv 2606.10890), with scales of a pass over the whole model the decoupled ones.
+
+    Args:
+        quantized: The solution whose scales are kept; its codes are not used.
+        blocks: (Super-)groups in the order in which the solver will ask, int64 [blocks].
+    """
+    fmt = quantized.format
+    scales = quantized.group_scales().double()
+    offsets = quantized.scales["m"].double() if fmt.affine else scales.new_zeros(scales.shape)
+    coming = iter(blocks.tolist())
+
+    def rule(problem: BlockProblem, asked: Format) -> BlockScales:
+        g = next(coming)
+        per_block = problem.weights.shape[1] // asked.group_of(problem.weights.shape[1])
+        groups = slice(g * per_block, (g + 1) * per_block)
+        fields = {
+            name: value[:, g : g + 1] if name == "d" else value[:, groups]
+            for name, value in quantized.scales.items()
+        }
+        return BlockScales(scales[:, groups], offsets[:, groups], fields)
+
+    return rule

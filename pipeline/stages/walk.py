@@ -1,0 +1,242 @@
+"""Walk the decoder blocks: measure, solve, and hand each site's error on to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.calibration.streams import SiteMoments, Stream, site_moments
+from pipeline.errors import ResourceError
+from pipeline.quantization.formats import QuantizedTensor, get_format
+from pipeline.quantization.layer import (
+    LayerOptions,
+    LayerResult,
+    quantize_free,
+    quantize_layer,
+)
+from pipeline.quantization.objective import HeldOut, LayerObjective
+from pipeline.stages.load import Source
+from pipeline.stages.mismatch_share import Estimate, moment_options, solve_with_estimate
+from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
+from runtimes.torch_reference import DecoderBlock, TorchReference
+
+
+@dataclass(frozen=True)
+class WalkSettings:
+    """What the walk needs besides the checkpoint.
+
+    Attributes:
+        options: How layers are quantized.
+        damping: Fraction of H's mean diagonal that is added to it.
+        held_out: Share of the calibration windows that judges refinements.
+        batch: Windows per forward pass.
+        device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
+        mismatch_estimate: How the share of the mismatch correction is estimated for each linear,
+            see `pipeline.stages.mismatch_share`; ``options.mismatch`` multiplies it.
+        seed: Seed of sampled shares.
+    """
+
+    options: LayerOptions = field(default_factory=LayerOptions)
+    damping: float = 0.01
+    held_out: float = 0.0
+    batch: int = 8
+    device: str = "cpu"
+    mismatch_estimate: Estimate = "fixed"
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SolvedSite:
+    """The matrices of one site by Hugging Face name, and what is to be said of them."""
+
+    stored: dict[str, StoredTensor]
+    record: dict[str, Any]
+
+
+class Walk:
+    """The float and the quantized model at the input of one block, with their streams.
+
+    Args:
+        source: The checkpoint and the type of each matrix.
+        embedding: The quantized model's embedding, [vocabulary, hidden].
+        windows: Calibration tokens, int64 [samples, length].
+        settings: Methods and device.
+
+    Raises:
+        ResourceError: There is no such device.
+    """
+
+    def __init__(
+        self, source: Source, embedding: Tensor, windows: Tensor, settings: WalkSettings
+    ) -> None:
+        self._source, self._settings = source, settings
+        self._device = choose_device(settings.device)
+        self._moment_options = moment_options(
+            settings.mismatch_estimate, settings.held_out, len(windows), settings.seed
+        )
+        self._float = TorchReference(
+            source.config, source.read, head=source.head, device=self._device
+        )
+        windows = windows.to(self._device)
+        embedded = nn.functional.embedding(windows, embedding.to(self._device))
+        self._quantized_stream = Stream(list(embedded.split(settings.batch)))
+        options = settings.options
+        two_streams = (
+            options.mismatch > 0
+            or options.stream_correction > 0
+            or options.rounding in ("qronos", "gptaq", "gpfq")
+        )
+        self._float_stream = (
+            Stream(list(self._float.embed(windows).split(settings.batch))) if two_streams else None
+        )
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of decoder blocks."""
+        return self._float.n_blocks
+
+    def replay(self, index: int, stored: Mapping[str, StoredTensor]) -> None:
+        """Move both streams past a block that was solved before."""
+        if self._float_stream is not None:
+            self._float_stream.pass_block(self._float.block(index))
+        block = self._float.block(index)
+        for name, tensor in stored.items():
+            _set(block, _relative(name), tensor.dequantize().to(self._device))
+        self._quantized_stream.pass_block(block)
+
+    def solve(self, index: int) -> Iterator[SolvedSite]:
+        """Quantize one block site by site and move both streams past it."""
+        quantized = self._float.block(index)
+        reference = self._float.block(index) if self._float_stream is not None else None
+        for site in self._source.checkpoint.architecture.sites:
+            moments = self._moments(index, site.name, quantized, reference)
+            solved = self._solve_site(index, site.name, site.linears, quantized, moments)
+            for name, tensor in solved.stored.items():
+                _set(quantized, _relative(name), tensor.dequantize().to(self._device))
+            self._quantized_stream.pass_site(quantized, site.name)
+            if reference is not None and self._float_stream is not None:
+                self._float_stream.pass_site(reference, site.name)
+            yield solved
+
+    def _moments(
+        self, index: int, site: str, quantized: DecoderBlock, reference: DecoderBlock | None
+    ) -> SiteMoments:
+        other = (
+            (reference, self._float_stream)
+            if reference is not None and self._float_stream is not None
+            else None
+        )
+        return site_moments(
+            site,
+            (quantized, self._quantized_stream),
+            other,
+            f"block {index}, site {site}",
+            self._moment_options,
+        )
+
+    def _solve_site(
+        self,
+        index: int,
+        site: str,
+        linears: tuple[str, ...],
+        block: DecoderBlock,
+        moments: SiteMoments,
+    ) -> SolvedSite:
+        solving, apart = moments.solving, moments.held_out
+        objective = LayerObjective.from_moments(
+            solving.hessian, solving.cross, solving.residual, damping=self._settings.damping
+        )
+        judge = None if apart is None else HeldOut(apart.hessian, apart.cross, apart.residual)
+        prefix = self._source.checkpoint.architecture.block_prefix(index)
+        weights = {f"{prefix}{name}.weight": block.linear(name).weight for name in linears}
+        kinds = {name: self._source.plan.types[name] for name in weights}
+        stored: dict[str, StoredTensor] = {}
+        results: list[LayerResult] = []
+        for kind in dict.fromkeys(kinds.values()):
+            names = [name for name in weights if kinds[name] == kind]
+            if kind in FLOAT_TYPES:
+                stored |= {n: StoredTensor.floating(kind, weights[n].cpu()) for n in names}
+                continue
+            result = solve_with_estimate(
+                [weights[n] for n in names],
+                moments,
+                objective,
+                partial(
+                    quantize_layer,
+                    objective=objective,
+                    fmt=get_format(kind),
+                    options=self._settings.options,
+                    held_out=judge,
+                ),
+                self._settings.mismatch_estimate,
+                self._settings.options.mismatch,
+                self._settings.damping,
+            )
+            results.append(result)
+            parts = _split(result.quantized, [len(weights[n]) for n in names])
+            stored |= {n: StoredTensor(kind, p) for n, p in zip(names, parts, strict=True)}
+        return SolvedSite(stored, _record(index, site, results, solving.tokens, objective))
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that ``auto``, ``cpu`` or ``cuda`` means on this machine.
+
+    Raises:
+        ResourceError: A GPU is asked for and PyTorch sees none.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ResourceError(
+            "no GPU: PyTorch sees no CUDA device",
+            fix="install a CUDA build of torch and a driver, or use --set device=cpu",
+        )
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(wanted)
+
+
+def _record(
+    index: int,
+    site: str,
+    results: list[LayerResult],
+    tokens: int,
+    objective: LayerObjective,
+) -> dict[str, Any]:
+    return {
+        "block": index,
+        "site": site,
+        "loss": sum(result.relative_loss for result in results),
+        "refined": [result.refined[result.refine_kept] for result in results],
+        "refine_rounds": [result.refine_kept for result in results],
+        "tokens": tokens,
+        "dead_inputs": objective.dead_inputs,
+        "damping_raised": objective.damping_raised,
+    }
+
+
+def store_free(kind: str, weight: Tensor) -> StoredTensor:
+    """A matrix without calibration. Wide types gain nothing from a search for scales."""
+    if kind in FLOAT_TYPES:
+        return StoredTensor.floating(kind, weight)
+    fmt = get_format(kind)
+    return StoredTensor(kind, quantize_free(weight, fmt, "absmax" if kind == "Q8_0" else "piso"))
+
+
+def _split(stacked: QuantizedTensor, rows: list[int]) -> Iterator[QuantizedTensor]:
+    """Take apart linears that were solved together, on the CPU."""
+    scales = {name: value.split(rows) for name, value in stacked.scales.items()}
+    for i, codes in enumerate(stacked.codes.split(rows)):
+        fields = {name: value[i].cpu() for name, value in scales.items()}
+        yield QuantizedTensor(stacked.format, codes.cpu(), fields)
+
+
+def _set(block: DecoderBlock, linear: str, weight: Tensor) -> None:
+    block.linear(linear).weight = nn.Parameter(weight, requires_grad=False)
+
+
+def _relative(name: str) -> str:
+    return name.split(".", 3)[3].removesuffix(".weight")

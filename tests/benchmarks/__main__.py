@@ -1,0 +1,50 @@
+"""Command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from tests.benchmarks import quality, speed, table
+
+
+def main() -> None:
+    """Run what the arguments ask for."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    fast = commands.add_parser("speed", help="ratios of run times, CPU or GPU")
+    fast.add_argument("--device", default="cpu")
+    good = commands.add_parser("quality", help="layer loss and perplexity of all methods")
+    good.add_argument("model", nargs="?", help="checkpoint folder (default: the demo model)")
+    good.add_argument("--calibration")
+    good.add_argument("--evaluation")
+    good.add_argument("--samples", type=int, default=128)
+    good.add_argument("--device", default="auto")
+    good.add_argument("--batch", type=int, default=8)
+    good.add_argument("--out", type=Path, default=Path("quality.json"))
+    good.add_argument("--only", default="", help="part of 'FORMAT | METHOD SCALES'")
+    good.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
+    show = commands.add_parser("table", help="print the figures of a quality run as a table")
+    show.add_argument("file", type=Path)
+    wanted = parser.parse_args()
+    if wanted.command == "speed":
+        speed.measure(wanted.device)
+    elif wanted.command == "table":
+        print(table.render(wanted.file))
+    else:
+        quality.measure(
+            wanted.model,
+            wanted.calibration,
+            wanted.evaluation,
+            wanted.out,
+            samples=wanted.samples,
+            device=wanted.device,
+            batch=wanted.batch,
+            only=wanted.only,
+            seconds=wanted.seconds,
+        )
+        print(table.render(wanted.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -88,9 +88,16 @@ class DecoderBlock:
         """Residual stream after attention."""
         return residual + self.layer.self_attn.o_proj(heads)
 
-    def add_mlp(self, residual: Tensor) -> Tensor:
-        """Residual stream after the MLP."""
-        return residual + self.layer.mlp.down_proj(self.site_input("down", residual))
+    def add_mlp(self, residual: Tensor, inner: Tensor | None = None) -> Tensor:
+        """Residual stream after the MLP.
+
+        Args:
+            residual: Residual stream before it.
+            inner: Input of the site down, if it is known.
+        """
+        if inner is None:
+            inner = self.site_input("down", residual)
+        return residual + self.layer.mlp.down_proj(inner)
 
     def __call__(self, residual: Tensor) -> Tensor:
         return self.add_mlp(self.add_attention(residual, self.heads(residual)))

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from pipeline.calibration.moments import Moments
 
+KEPT_BYTES = 2**31
+"""Most memory that a stream takes to compute the inputs of the site down once and not twice."""
+
 
 class Block(Protocol):
     """What a decoder block must offer, see `runtimes.torch_reference.DecoderBlock`."""
@@ -24,7 +27,7 @@ class Block(Protocol):
     def add_attention(self, residual: Tensor, heads: Tensor) -> Tensor:
         """Residual stream after attention."""
 
-    def add_mlp(self, residual: Tensor) -> Tensor:
+    def add_mlp(self, residual: Tensor, inner: Tensor | None = None) -> Tensor:
         """Residual stream after the MLP."""
 
 
@@ -35,13 +38,18 @@ class Stream:
     Attributes:
         residual: One tensor [windows, length, hidden] per batch.
         heads: Heads' outputs per batch, between the sites qkv and o; empty elsewhere.
+        inner: Inputs of the site down per batch, between gate_up and down if all of them take at
+            most `KEPT_BYTES`; empty elsewhere, and they are computed each time they are needed.
     """
 
     residual: list[Tensor]
     heads: list[Tensor] = field(default_factory=list)
+    inner: list[Tensor] = field(default_factory=list)
 
     def site_input(self, block: Block, site: str, batch: int) -> Tensor:
         """Input of a site's linears for one batch."""
+        if site == "down" and self.inner:
+            return self.inner[batch]
         heads = self.heads[batch] if self.heads else None
         return block.site_input(site, self.residual[batch], heads)
 
@@ -53,9 +61,20 @@ class Stream:
             for i, heads in enumerate(self.heads):
                 self.residual[i] = block.add_attention(self.residual[i], heads)
             self.heads = []
+        elif site == "gate_up":
+            self._keep_inner(block)
         elif site == "down":
             for i, residual in enumerate(self.residual):
-                self.residual[i] = block.add_mlp(residual)
+                inner = self.inner[i] if self.inner else None
+                self.residual[i] = block.add_mlp(residual, inner)
+            self.inner = []
+
+    def _keep_inner(self, block: Block) -> None:
+        for residual in self.residual:
+            inner = block.site_input("down", residual)
+            if len(self.residual) * inner.nbytes > KEPT_BYTES:
+                return
+            self.inner.append(inner)
 
     def pass_block(self, block: Callable[[Tensor], Tensor]) -> None:
         """Move past a whole block whose linears are final."""

@@ -40,8 +40,11 @@ QUALITY_PAIRS: tuple[Pair, ...] = (
     (FULL, TWIN),
     (FULL, EMULATOR),
     (FULL, LLAMA),
-    (FULL, LLAMA_DEFAULT),
 )
+DEFAULT_PAIRS: tuple[Pair, ...] = ((FULL, LLAMA_DEFAULT),)
+
+DEFAULT_WINDOWS = 10
+"""Evaluation windows of the figure under llama.cpp's default settings, which is no gate."""
 
 TWIN_WINDOWS = 8
 """Evaluation windows of the twin gate, whose claim is exact and needs no statistics."""
@@ -100,8 +103,9 @@ def climb(
             pairs = QUALITY_PAIRS if not found else ((FULL, TWIN),)
             found[protocol] = evaluate(engines.models, pairs, tokens, protocol, progress)
         protocol, tokens = next(iter(texts.evaluation.items()))
-        tokens = tokens[:TWIN_WINDOWS]
-        twins = evaluate(engines.models, TWIN_PAIRS, tokens, protocol, progress)
+        twins = evaluate(engines.models, TWIN_PAIRS, tokens[:TWIN_WINDOWS], protocol, progress)
+        few = tokens[:DEFAULT_WINDOWS]
+        defaults = evaluate(engines.models, DEFAULT_PAIRS, few, protocol, progress)
     first = next(iter(found.values()))
     gates += _comparison_gates("twin", twins, recipe, stock)
     gates += kernels
@@ -111,6 +115,9 @@ def climb(
         for protocol, comparisons in found.items()
         for (reference, candidate), comparison in comparisons.items()
         if reference == FULL
+    ) + tuple(
+        _quality(protocol, f"{candidate}, first {len(few)} chunks", comparison)
+        for (_, candidate), comparison in defaults.items()
     )
     gates.append(_quality_gate(first, recipe))
     return Ladder(tuple(gates), qualities)

@@ -19,6 +19,7 @@ def main() -> None:
     good.add_argument("--calibration")
     good.add_argument("--evaluation")
     good.add_argument("--samples", type=int, default=128)
+    good.add_argument("--seqlen", type=int, default=512)
     good.add_argument("--device", default="auto")
     good.add_argument("--batch", type=int, default=8)
     good.add_argument("--out", type=Path, default=Path("quality.json"))
@@ -38,6 +39,7 @@ def main() -> None:
             wanted.evaluation,
             wanted.out,
             samples=wanted.samples,
+            seqlen=wanted.seqlen,
             device=wanted.device,
             batch=wanted.batch,
             only=wanted.only,

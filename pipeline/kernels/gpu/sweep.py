@@ -147,16 +147,19 @@ def _merge(  # type: ignore[no-untyped-def]
     while high > 0:
         low, i = largest_of(position, columns)
         # The unclamped parabola bounds the interval from below; most intervals end here.
+        value, scale = best * 0.0, best * 0.0
         if (alpha > 0) & (high > low) & (alpha * alpha >= -best * beta * (1 - 1e-9)):
             value, scale = best_in_interval(
                 alpha, beta, low, high, CLAMP, BITS, MIN_EXPONENT, LARGEST
             )
-            if value < best:
-                best, best_scale, best_index = value, scale, index
-        high = low
+        better = value < best
+        best_index, best_scale = (
+            tl.where(better, index, best_index),
+            tl.where(better, scale, best_scale),
+        )
+        best, high = tl.where(better, value, best), low
         if events % CHECK == 0:
-            stop = _hopeless(w, b, slopes, radius, low, ceiling, best)
-            high = tl.where(stop, 0.0, low)
+            high = tl.where(_hopeless(w, b, slopes, radius, low, ceiling, best), 0.0, low)
         events += 1
         if high > 0:
             state = (alpha, beta, gradient, index, position)

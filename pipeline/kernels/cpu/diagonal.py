@@ -31,7 +31,6 @@ def _sweep_row(  # type: ignore[no-untyped-def]
     start = np.empty(size, np.int64)
     zero = nearest(0.0, midpoints)
     count = transitions(weights, midpoints, zero, positions, columns, steps, start)
-    order = np.argsort(-positions[:count])
     indices[:] = start
     alpha, beta = 0.0, 0.0
     for i in range(size):
@@ -41,7 +40,7 @@ def _sweep_row(  # type: ignore[no-untyped-def]
     best_scale, best_count = 0.0, 0
     high = math.inf
     for n in range(count + 1):
-        low = positions[order[n]] if n < count else 0.0
+        low = positions[n] if n < count else 0.0
         if high > low and beta > 0.0:
             value, scale = best_in_interval(
                 alpha, beta, low, high, clamp, bits, min_exponent, largest, best
@@ -50,15 +49,15 @@ def _sweep_row(  # type: ignore[no-untyped-def]
                 best, best_scale, best_count = value, scale, n
         if n < count:
             high = low
-            i = columns[order[n]]
+            i = columns[n]
             before = levels[indices[i]]
-            indices[i] += steps[order[n]]
+            indices[i] += steps[n]
             after = levels[indices[i]]
             alpha += (after - before) * linear[i]
             beta += (after * after - before * before) * diagonal[i]
     indices[:] = start
     for n in range(best_count):
-        indices[columns[order[n]]] += steps[order[n]]
+        indices[columns[n]] += steps[n]
     return best, best_scale
 
 

@@ -16,34 +16,82 @@ CHECK_EVERY = 16
 """Events between two tests of the pruning bound, which costs as much as one event."""
 
 
+MERGED_LISTS = 40
+"""Up to so many midpoints their sorted lists are merged; a sort of all events is faster beyond."""
+
+
 @njit(cache=True)
 def transitions(weights, midpoints, zero, positions, columns, steps, start):  # type: ignore[no-untyped-def]
     """Transition scales of one row for positive scales, and its codes in the limit of large scales.
 
     A weight crosses the midpoints of its own sign, the innermost first, at ``s = w / midpoint``.
+    Writes positions in descending order, with their columns and index steps; returns their number.
     """
-    count = 0
-    for i in range(len(weights)):
-        w = weights[i]
+    size = len(weights)
+    for i in range(size):
         start[i] = zero
-        if w > 0.0:
-            for k in range(len(midpoints)):
-                if midpoints[k] > 0.0:
-                    positions[count] = w / midpoints[k]
-                    columns[count] = i
-                    steps[count] = 1
-                    count += 1
-                elif midpoints[k] == 0.0:
-                    start[i] = k + 1
-        elif w < 0.0:
-            for k in range(len(midpoints) - 1, -1, -1):
-                if midpoints[k] < 0.0:
-                    positions[count] = w / midpoints[k]
-                    columns[count] = i
-                    steps[count] = -1
-                    count += 1
-                elif midpoints[k] == 0.0:
-                    start[i] = k
+        for k in range(len(midpoints)):
+            if midpoints[k] == 0.0 and weights[i] != 0.0:
+                start[i] = k + 1 if weights[i] > 0.0 else k
+    sizes = np.argsort(-np.abs(weights))
+    ends = np.zeros(2, np.int64)  # weights above and below zero, the largest first
+    sides = np.empty((2, size), np.int64)
+    for i in sizes:
+        if weights[i] != 0.0:
+            side = 0 if weights[i] > 0.0 else 1
+            sides[side, ends[side]] = i
+            ends[side] += 1
+    if len(midpoints) > MERGED_LISTS:
+        return _sorted(weights, midpoints, sides, ends, positions, columns, steps)
+    return _merged(weights, midpoints, sides, ends, positions, columns, steps)
+
+
+@njit(cache=True)
+def _merged(weights, midpoints, sides, ends, positions, columns, steps):  # type: ignore[no-untyped-def]
+    """Merges the events of every midpoint, which the order of the weights has sorted already."""
+    lists = len(midpoints)
+    taken = np.zeros(lists, np.int64)
+    heads = np.zeros(lists)
+    for k in range(lists):
+        side = 0 if midpoints[k] > 0.0 else 1
+        if midpoints[k] != 0.0 and ends[side] > 0:
+            heads[k] = weights[sides[side, 0]] / midpoints[k]
+    count = 0
+    while True:
+        largest, k = 0.0, -1
+        for other in range(lists):
+            if heads[other] > largest:
+                largest, k = heads[other], other
+        if k < 0:
+            return count
+        side = 0 if midpoints[k] > 0.0 else 1
+        positions[count] = largest
+        columns[count] = sides[side, taken[k]]
+        steps[count] = 1 - 2 * side
+        count += 1
+        taken[k] += 1
+        heads[k] = weights[sides[side, taken[k]]] / midpoints[k] if taken[k] < ends[side] else 0.0
+
+
+@njit(cache=True)
+def _sorted(weights, midpoints, sides, ends, positions, columns, steps):  # type: ignore[no-untyped-def]
+    """Sorts the events of all midpoints."""
+    capacity = len(positions)
+    where = np.empty(capacity)
+    which, sign = np.empty(capacity, np.int64), np.empty(capacity, np.int64)
+    count = 0
+    for k in range(len(midpoints)):
+        side = 0 if midpoints[k] > 0.0 else 1
+        if midpoints[k] == 0.0:
+            continue
+        for n in range(ends[side]):
+            where[count] = weights[sides[side, n]] / midpoints[k]
+            which[count] = sides[side, n]
+            sign[count] = 1 - 2 * side
+            count += 1
+    order = np.argsort(-where[:count])
+    for n in range(count):
+        positions[n], columns[n], steps[n] = where[order[n]], which[order[n]], sign[order[n]]
     return count
 
 
@@ -129,7 +177,6 @@ def _sweep_row(  # type: ignore[no-untyped-def]
     steps = np.empty(capacity, np.int64)
     start = np.empty(size, np.int64)
     count = transitions(weights, midpoints, zero, positions, columns, steps, start)
-    order = np.argsort(-positions[:count])
     slopes = np.empty(size)
     _slopes(weights, linear, levels, start, slopes)
     radius = max(0.5 * np.max(levels[1:] - levels[:-1]), abs(levels[zero]))
@@ -139,8 +186,10 @@ def _sweep_row(  # type: ignore[no-untyped-def]
     best_scale, best_count = 0.0, 0
     high, n = math.inf, 0
     while True:
-        low = positions[order[n]] if n < count else 0.0
-        if high > low and beta > 0.0:
+        low = positions[n] if n < count else 0.0
+        # The unclamped parabola bounds the interval from below; most intervals end here.
+        promising = alpha > 0.0 and alpha * alpha >= -best * beta * (1.0 - 1e-9)
+        if promising and high > low and beta > 0.0:
             value, scale = best_in_interval(
                 alpha, beta, low, high, clamp, bits, min_exponent, largest, best
             )
@@ -151,8 +200,8 @@ def _sweep_row(  # type: ignore[no-untyped-def]
         high = low
         if n % CHECK_EVERY == 0 and _hopeless(weights, linear, slopes, radius, high, ceiling, best):
             break
-        i = columns[order[n]]
-        k = indices[i] + steps[order[n]]
+        i = columns[n]
+        k = indices[i] + steps[n]
         delta = levels[k] - levels[indices[i]]
         alpha += delta * linear[i]
         beta += delta * (2.0 * gradient[i] + delta * hessian[i, i])
@@ -162,7 +211,7 @@ def _sweep_row(  # type: ignore[no-untyped-def]
         n += 1
     indices[:] = start
     for e in range(best_count):
-        indices[columns[order[e]]] += steps[order[e]]
+        indices[columns[e]] += steps[e]
     return best, best_scale, n
 
 

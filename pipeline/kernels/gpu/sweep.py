@@ -107,6 +107,26 @@ def _commit(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _evaluate(  # type: ignore[no-untyped-def]
+    alpha,
+    beta,
+    low,
+    high,
+    best,
+    CLAMP: tl.constexpr,
+    BITS: tl.constexpr,
+    MIN_EXPONENT: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    """Objective and scale of one interval; (0, 0) where it cannot beat the best so far."""
+    value, scale = best * 0.0, best * 0.0
+    # The unclamped parabola bounds the interval from below; most intervals end here.
+    if (alpha > 0) & (high > low) & (alpha * alpha >= -best * beta * (1 - 1e-9)):
+        value, scale = best_in_interval(alpha, beta, low, high, CLAMP, BITS, MIN_EXPONENT, LARGEST)
+    return value, scale
+
+
+@triton.jit
 def _merge(  # type: ignore[no-untyped-def]
     weights,
     hessian,
@@ -146,18 +166,11 @@ def _merge(  # type: ignore[no-untyped-def]
     best_index = index
     while high > 0:
         low, i = largest_of(position, columns)
-        # The unclamped parabola bounds the interval from below; most intervals end here.
-        value, scale = best * 0.0, best * 0.0
-        if (alpha > 0) & (high > low) & (alpha * alpha >= -best * beta * (1 - 1e-9)):
-            value, scale = best_in_interval(
-                alpha, beta, low, high, CLAMP, BITS, MIN_EXPONENT, LARGEST
-            )
+        value, scale = _evaluate(alpha, beta, low, high, best, CLAMP, BITS, MIN_EXPONENT, LARGEST)
         better = value < best
-        best_index, best_scale = (
-            tl.where(better, index, best_index),
-            tl.where(better, scale, best_scale),
-        )
-        best, high = tl.where(better, value, best), low
+        best_index = tl.where(better, index, best_index)
+        best_scale, best = tl.where(better, scale, best_scale), tl.where(better, value, best)
+        high = low
         if events % CHECK == 0:
             high = tl.where(_hopeless(w, b, slopes, radius, low, ceiling, best), 0.0, low)
         events += 1

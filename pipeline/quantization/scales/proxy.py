@@ -12,10 +12,10 @@ from pipeline.quantization.scales.piso import minimum, piso
 def proxy_static(problem: BlockProblem, fmt: Format, *, signed: bool = True) -> BlockScales:
     """Scales that minimise ``sum_i (x_i - v_i)^2 / U_ii^2`` with ``v = s nearest(x / s)``.
 
-    The rule Proxy-static of the study of scale sensitivity by von Berg, Datres, Kneissl and
-    Kutyniok (its Algorithm 2): the loss of sequential rounding is ``sum_i (x_i - v_i)^2 / U_ii^2``
-    along its trajectory, here with x as it is on entry to the block. They search a grid of scales;
-    the sweep over the transitions finds the exact minimum.
+    The rule Proxy-static of "Scale sensitivity in low-bit PTQ: curvature of the quantization error
+    landscape" (Algorithm 2): the loss of sequential rounding is ``sum_i (x_i - v_i)^2 / U_ii^2``
+    along its trajectory, here with x as it is on entry to the block. The study searches a grid of
+    scales; the sweep over the transitions finds the exact minimum.
 
     Args:
         problem: The block. Without `inverse_root` the weights of the errors are ``diag(M)``.

@@ -77,7 +77,8 @@ def _ascend(indices, linear, metric, levels, sweeps, signed):  # type: ignore[no
             value, level = _best_level(
                 i, indices[i], alpha, beta, linear, product, metric, levels, signed
             )
-            if not value < now - LEAST_GAIN * abs(now):
+            alone = linear[i] * linear[i] / metric[i, i]
+            if not value < now - LEAST_GAIN * (abs(now) + alone):
                 continue
             d = levels[level] - levels[indices[i]]
             alpha += d * linear[i]

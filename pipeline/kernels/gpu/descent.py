@@ -158,15 +158,16 @@ def _fit_row(  # type: ignore[no-untyped-def]
             d = grid - tl.load(levels + old)
             twice = 2 * pick(product, here)
             diagonal = tl.load(metric + i * WIDTH + i)
-            a = alpha + d * tl.load(linear + row * WIDTH + i)
+            own = tl.load(linear + row * WIDTH + i)
+            a = alpha + d * own
             b = beta + d * (twice + d * diagonal)
             usable = (k < count) & (b > 0) & (SIGNED | (a > 0))
             gain, new = largest_of(tl.where(usable, a * a / tl.where(b > 0, b, 1.0), 0.0), k)
             helps = (beta > 0) & (SIGNED | (alpha > 0))
             now = tl.where(helps, alpha * alpha / tl.where(beta > 0, beta, 1.0), 0.0)
-            if gain > now + GAIN * now:
+            if gain > now + GAIN * (now + own * own / diagonal):
                 step = tl.load(levels + new) - tl.load(levels + old)
-                alpha += step * tl.load(linear + row * WIDTH + i)
+                alpha += step * own
                 beta += step * (twice + step * diagonal)
                 product += step * tl.load(metric + i * WIDTH + columns, mask=inside, other=0.0)
                 index = tl.where(here, new, index)

@@ -11,7 +11,8 @@ from torch import Tensor
 from pipeline.kernels.twin.common import nearest_index
 
 LEAST_GAIN = 1e-12
-"""Relative decrease below which a move is a rounding error."""
+"""Decrease below which a move is a rounding error, relative to the objective; with a free scale
+also to what the coordinate alone could reach, for where the objective is 0."""
 
 
 def descend(
@@ -68,7 +69,8 @@ def fit_free(
             now = torch.where(beta > 0, -(alpha * alpha) / beta, 0.0)
             if not signed:
                 now = torch.where(alpha > 0, now, 0.0)
-            moves = best < now - LEAST_GAIN * now.abs()
+            alone = linear[:, i] ** 2 / metric[i, i]
+            moves = best < now - LEAST_GAIN * (now.abs() + alone)
             step = torch.where(moves, d.gather(1, level[:, None])[:, 0], 0.0)
             alpha = torch.where(moves, a.gather(1, level[:, None])[:, 0], alpha)
             beta = torch.where(moves, b.gather(1, level[:, None])[:, 0], beta)

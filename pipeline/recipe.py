@@ -25,7 +25,11 @@ from pydantic.fields import FieldInfo
 from pipeline.suggest import did_you_mean
 from pipeline.transforms import TRANSFORMS
 
-WEIGHT_TYPES = ("Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q6_K", "Q8_0")
+WEIGHT_TYPES = (
+    *("Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
+    *("IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0"),
+)
 """Types that decoder weights can be stored in (the ggml formats that the solvers know)."""
 
 TABLE_TYPES = (*WEIGHT_TYPES, "F16", "F32")

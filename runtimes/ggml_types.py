@@ -159,6 +159,107 @@ def _q6_k(raw: np.ndarray) -> np.ndarray:
     return (codes.reshape(-1, 16, 16) * scales[:, :, None]).reshape(-1, 256)
 
 
+_IQ4 = np.array(
+    [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.float32
+)
+_FP4 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+
+
+def _q5_1(raw: np.ndarray) -> np.ndarray:
+    fifth = np.unpackbits(raw[:, 4:8], axis=1, bitorder="little").astype(np.int8)
+    codes = _nibbles(raw[:, 8:]) + fifth * np.int8(16)
+    return _fp16(raw[:, :2]) * codes + _fp16(raw[:, 2:4])
+
+
+def _iq4_nl(raw: np.ndarray) -> np.ndarray:
+    return _fp16(raw[:, :2]) * _IQ4[_nibbles(raw[:, 2:])]
+
+
+def _iq4_xs(raw: np.ndarray) -> np.ndarray:
+    """Eight groups of 32, each with 6 bits of scale: 4 of them in nibbles, 2 in a 16-bit word."""
+    word = np.ascontiguousarray(raw[:, 2:4]).view("<u2")
+    high = word >> np.arange(0, 16, 2, dtype=np.uint16) & 3
+    low = np.stack([raw[:, 4:8] & 15, raw[:, 4:8] >> 4], axis=2).reshape(-1, 8)
+    scales = _fp16(raw[:, :2]) * ((low | high << 4).astype(np.int8) - np.int8(32))
+    packed = raw[:, 8:].reshape(-1, 8, 16)
+    levels = _IQ4[np.concatenate([packed & 15, packed >> 4], axis=2)]
+    return (scales[:, :, None] * levels).reshape(-1, 256)
+
+
+def _mxfp4(raw: np.ndarray) -> np.ndarray:
+    scale = np.ldexp(np.float32(1), raw[:, :1].astype(np.int32) - 128).astype(np.float32)
+    with np.errstate(over="ignore"):  # infinite in llama.cpp too
+        return scale * _FP4[_nibbles(raw[:, 1:])]
+
+
+def _planes(packed: np.ndarray) -> np.ndarray:
+    """2-bit codes of K-quants: in each half of 128, byte j holds elements j, 32+j, 64+j, 96+j."""
+    halves = packed.reshape(-1, 2, 1, 32)
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    return (halves >> shifts & 3).astype(np.int8).reshape(-1, 256)
+
+
+def _tq1_0(raw: np.ndarray) -> np.ndarray:
+    """A byte is a fraction of 256 in base 3: its digits come out by multiplying, top first."""
+    digits = []
+    for part, count in ((raw[:, :32], 5), (raw[:, 32:48], 5), (raw[:, 48:52], 4)):
+        for n in range(count):
+            turned = (part.astype(np.uint16) * 3**n & 255) * 3 >> 8
+            digits.append(turned.astype(np.int8) - np.int8(1))
+    return _fp16(raw[:, 52:]) * np.concatenate(digits, axis=1)
+
+
+def _tq2_0(raw: np.ndarray) -> np.ndarray:
+    return _fp16(raw[:, 64:]) * (_planes(raw[:, :64]) - np.int8(1))
+
+
+def _grouped(codes: np.ndarray, scales: np.ndarray, offsets: np.ndarray | None) -> np.ndarray:
+    """``scale * code - offset`` with one of each for every group of a block of 256."""
+    values = scales[:, :, None] * codes.reshape(len(codes), scales.shape[1], -1)
+    if offsets is not None:
+        values = values - offsets[:, :, None]
+    return values.reshape(-1, 256)
+
+
+def _q2_k(raw: np.ndarray) -> np.ndarray:
+    scales = _fp16(raw[:, 80:82]) * (raw[:, :16] & 15)
+    return _grouped(_planes(raw[:, 16:80]), scales, _fp16(raw[:, 82:84]) * (raw[:, :16] >> 4))
+
+
+def _q3_k(raw: np.ndarray) -> np.ndarray:
+    """The third bit of element 32k + l is bit k of byte l; 6-bit scales lie in 12 bytes."""
+    third = np.unpackbits(raw[:, None, :32], axis=1, bitorder="little").reshape(-1, 256)
+    codes = _planes(raw[:, 32:96]) + third.astype(np.int8) * np.int8(4) - np.int8(4)
+    low = np.concatenate([raw[:, 96:104] & 15, raw[:, 96:104] >> 4], axis=1)
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    high = (raw[:, None, 104:108] >> shifts & 3).reshape(-1, 16)
+    six = (low | high << 4).astype(np.int8) - np.int8(32)
+    return _grouped(codes, _fp16(raw[:, 108:]) * six, None)
+
+
+def _k4_pairs(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scales and offsets, float32 [blocks, 8], of the header that Q4_K and Q5_K share."""
+    packed = raw[:, 4:16]
+    sc, mn = packed[:, :4], packed[:, 4:8]
+    last = packed[:, 8:]
+    scales = np.concatenate([sc & 63, last & 15 | sc >> 6 << 4], axis=1)
+    offsets = np.concatenate([mn & 63, last >> 4 | mn >> 6 << 4], axis=1)
+    return _fp16(raw[:, :2]) * scales, _fp16(raw[:, 2:4]) * offsets
+
+
+def _q4_k(raw: np.ndarray) -> np.ndarray:
+    packed = raw[:, 16:].reshape(-1, 4, 1, 32)
+    codes = np.concatenate([packed & 15, packed >> 4], axis=2).reshape(-1, 256)
+    return _grouped(codes, *_k4_pairs(raw))
+
+
+def _q5_k(raw: np.ndarray) -> np.ndarray:
+    packed = raw[:, 48:].reshape(-1, 4, 1, 32)
+    four = np.concatenate([packed & 15, packed >> 4], axis=2).reshape(-1, 256)
+    fifth = np.unpackbits(raw[:, None, 16:48], axis=1, bitorder="little").reshape(-1, 256)
+    return _grouped(four + fifth * np.uint8(16), *_k4_pairs(raw))
+
+
 DECODERS: dict[str, Decoder] = {
     "F32": Decoder(1, 4, _f32),
     "F16": Decoder(1, 2, _fp16),
@@ -169,4 +270,14 @@ DECODERS: dict[str, Decoder] = {
     "Q8_0": Decoder(32, 34, _q8_0),
     "Q2_0": Decoder(64, 18, _q2_0),
     "Q6_K": Decoder(256, 210, _q6_k),
+    "Q5_1": Decoder(32, 24, _q5_1, _q4_1_offsets),
+    "IQ4_NL": Decoder(32, 18, _iq4_nl),
+    "IQ4_XS": Decoder(256, 136, _iq4_xs),
+    "MXFP4": Decoder(32, 17, _mxfp4),
+    "TQ1_0": Decoder(256, 54, _tq1_0),
+    "TQ2_0": Decoder(256, 66, _tq2_0),
+    "Q2_K": Decoder(256, 84, _q2_k),
+    "Q3_K": Decoder(256, 110, _q3_k),
+    "Q4_K": Decoder(256, 144, _q4_k),
+    "Q5_K": Decoder(256, 176, _q5_k),
 }

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from exporters.gguf.types import row_bytes
@@ -66,6 +67,107 @@ def _q2_0(codes: Array, scales: Fields) -> Array:
     return np.hstack([_half(scales["d"]), _crumbs(planes)])
 
 
+def _q5_1(codes: Array, scales: Fields) -> Array:
+    unsigned = codes.view(np.uint8)
+    fifth_bits = np.packbits(unsigned >> 4, axis=1, bitorder="little")
+    fields = [_half(scales["d"]), _half(scales["m"])]
+    return np.hstack([*fields, fifth_bits, _nibbles(unsigned & 15)])
+
+
+def _iq4_nl(codes: Array, scales: Fields) -> Array:
+    return np.hstack([_half(scales["d"]), _nibbles(codes.view(np.uint8))])
+
+
+def _mxfp4(codes: Array, scales: Fields) -> Array:
+    """A power of two as its exponent; magnitudes in 3 bits under a sign."""
+    d = scales["d"][:, 0]
+    exponent = np.where(d > 0, np.frexp(d)[1] + 127, 0).astype(np.uint8)
+    level = np.where(d[:, None] > 0, codes.astype(np.int16) - 7, 0)  # 7 is the level 0
+    stored = np.where(level < 0, 8 - level, level).astype(np.uint8)
+    return np.hstack([exponent[:, None], _nibbles(stored)])
+
+
+def _tq1_0(codes: Array, scales: Fields) -> Array:
+    """Five ternary digits a byte, first digit first: ``ceil(value * 256 / 243)``; then four."""
+    digits = _unsigned(codes, -1).astype(np.uint16)
+    blocks = len(codes)
+    parts = []
+    for columns, planes, width in ((slice(0, 160), 5, 32), (slice(160, 240), 5, 16)):
+        parts.append(_ternary(digits[:, columns].reshape(blocks, planes, width)))
+    last = digits[:, 240:].reshape(blocks, 4, 4)
+    parts.append(_ternary(np.concatenate([last, np.zeros_like(last[:, :1])], axis=1)))
+    return np.hstack([*parts, _half(scales["d"])])
+
+
+def _ternary(digits: Array) -> Array:
+    """Digits [blocks, 5, n] -> bytes [blocks, n]."""
+    value = np.zeros_like(digits[:, 0])
+    for plane in range(5):
+        value = value * 3 + digits[:, plane]
+    return ((value * 256 + 242) // 243).astype(np.uint8)
+
+
+def _crumb_rows(unsigned: Array) -> Array:
+    """2-bit codes [blocks, 256] as K-quants store them: two halves of four planes of 32."""
+    return _crumbs(unsigned.reshape(-1, 2, 4, 32)).reshape(-1, 64)
+
+
+def _tq2_0(codes: Array, scales: Fields) -> Array:
+    return np.hstack([_crumb_rows(_unsigned(codes, -1)), _half(scales["d"])])
+
+
+def _q2_k(codes: Array, scales: Fields) -> Array:
+    sc, mn = (scales[name].astype(np.uint8) for name in ("sc", "mn"))
+    supers = [_half(scales["d"]), _half(scales["dmin"])]
+    return np.hstack([sc | mn << 4, _crumb_rows(codes.view(np.uint8)), *supers])
+
+
+def _q3_k(codes: Array, scales: Fields) -> Array:
+    unsigned = _unsigned(codes, -4)
+    high = (unsigned >> 2).reshape(-1, 8, 32)
+    mask = np.packbits(high, axis=1, bitorder="little").reshape(-1, 32)
+    sc = _unsigned(scales["sc"], -32)
+    low = sc[:, :8] & 15 | (sc[:, 8:] & 15) << 4
+    top = _crumbs((sc >> 4).reshape(-1, 4, 4))
+    return np.hstack([mask, _crumb_rows(unsigned & 3), low, top, _half(scales["d"])])
+
+
+def _six_bit_pairs(scales: Fields) -> Array:
+    """Eight sub-scales and sub-offsets of 6 bits in 12 bytes (``get_scale_min_k4``)."""
+    sc, mn = (scales[name].astype(np.uint8) for name in ("sc", "mn"))
+    first = [part[:, :4] | part[:, 4:] >> 4 << 6 for part in (sc, mn)]
+    return np.hstack([*first, sc[:, 4:] & 15 | (mn[:, 4:] & 15) << 4])
+
+
+def _q4_k(codes: Array, scales: Fields) -> Array:
+    supers = [_half(scales["d"]), _half(scales["dmin"])]
+    return np.hstack([*supers, _six_bit_pairs(scales), _paired(codes.view(np.uint8))])
+
+
+def _q5_k(codes: Array, scales: Fields) -> Array:
+    unsigned = codes.view(np.uint8)
+    fifth = np.packbits((unsigned >> 4).reshape(-1, 8, 32), axis=1, bitorder="little")
+    supers = [_half(scales["d"]), _half(scales["dmin"])]
+    high = fifth.reshape(-1, 32)
+    return np.hstack([*supers, _six_bit_pairs(scales), high, _paired(unsigned & 15)])
+
+
+def _paired(codes: Array) -> Array:
+    """4-bit codes [blocks, 256] -> [blocks, 128]: of each 64, 32 low and 32 high nibbles."""
+    pairs = codes.reshape(-1, 4, 2, 32)
+    return (pairs[:, :, 0] | pairs[:, :, 1] << 4).reshape(-1, 128)
+
+
+def _iq4_xs(codes: Array, scales: Fields) -> Array:
+    sc = _unsigned(scales["sc"], -32)
+    high = ((sc >> 4).astype(np.uint16) << 2 * np.arange(8, dtype=np.uint16)).sum(1)
+    stored_high = high.astype("<u2")[:, None].view(np.uint8)
+    low = sc[:, 0::2] & 15 | (sc[:, 1::2] & 15) << 4
+    halves = codes.view(np.uint8).reshape(-1, 8, 2, 16)
+    quants = (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(-1, 128)
+    return np.hstack([_half(scales["d"]), stored_high, low, quants])
+
+
 def _q6_k(codes: Array, scales: Fields) -> Array:
     halves = _unsigned(codes, -32).reshape(-1, 2, 4, 32)
     low = halves & 15
@@ -83,12 +185,22 @@ def _q6_k(codes: Array, scales: Fields) -> Array:
 
 
 _PACKERS: dict[str, Callable[[Array, Fields], Array]] = {
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
+    "MXFP4": _mxfp4,
     "Q2_0": _q2_0,
+    "Q2_K": _q2_k,
+    "Q3_K": _q3_k,
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
+    "Q4_K": _q4_k,
     "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q5_K": _q5_k,
     "Q6_K": _q6_k,
     "Q8_0": _q8_0,
+    "TQ1_0": _tq1_0,
+    "TQ2_0": _tq2_0,
 }
 
 
@@ -144,7 +256,7 @@ def _check_scales(fields: Fields, fmt: Format, rows: int, width: int) -> None:
     groups, supers = width // fmt.group_size, width // fmt.super_group
     expected = {"d": supers}
     if fmt.affine:
-        expected["m"] = groups
+        expected |= {"m": groups} if fmt.sub_offset is None else {"dmin": supers, "mn": groups}
     if fmt.sub_scale is not None:
         expected["sc"] = groups
     shapes = {name: field.shape for name, field in fields.items()}
@@ -153,26 +265,30 @@ def _check_scales(fields: Fields, fmt: Format, rows: int, width: int) -> None:
             f"scale fields of {fmt.name} have shapes {shapes}",
             why=f"{rows} rows of {width} weights need {expected} values a row",
         )
+    ranges = {"sc": fmt.sub_scale, "mn": fmt.sub_offset}
     for name, field in fields.items():
-        if name == "sc":
-            _check_sub_scale(field, fmt)
-        else:
-            _check_half(name, field, fmt)
+        limits = ranges.get(name)
+        if limits is None:
+            _check_stored(name, field, fmt)
+        elif not _inside(field, limits):
+            low, high = limits
+            raise VerificationError(
+                f"scale field {name!r} of {fmt.name} is not integers in {low}..{high}"
+            )
 
 
-def _check_sub_scale(field: Array, fmt: Format) -> None:
-    low, high = fmt.sub_scale or (0, 0)
-    inside = np.issubdtype(field.dtype, np.integer) and ((field >= low) & (field <= high)).all()
-    if not inside:
-        raise VerificationError(f"sub-scales of {fmt.name} are not integers in {low}..{high}")
+def _inside(field: Array, limits: tuple[int, int]) -> bool:
+    low, high = limits
+    return bool(np.issubdtype(field.dtype, np.integer) and ((field >= low) & (field <= high)).all())
 
 
-def _check_half(name: str, field: Array, fmt: Format) -> None:
-    with np.errstate(over="ignore"):
-        stored = field.astype(np.float16).astype(np.float32)
-    wrong = ~np.isfinite(stored) | (stored != field)
+def _check_stored(name: str, field: Array, fmt: Format) -> None:
+    lattice = fmt.scale_lattice
+    finite = np.isfinite(field)
+    stored = lattice.round(torch.from_numpy(np.where(finite, field, 0).astype(np.float64))).numpy()
+    wrong = ~finite | (stored != field)
     if wrong.any():
         raise VerificationError(
             f"scale field {name!r} of {fmt.name} holds {field[wrong][0]!r}",
-            why="the file stores fp16, which cannot represent this value",
+            why=f"the file stores {lattice.name}, which cannot represent this value",
         )

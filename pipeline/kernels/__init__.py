@@ -11,14 +11,17 @@ from pipeline.kernels.columns import round_columns
 from pipeline.kernels.descent import descend, fit_free
 from pipeline.kernels.diagonal import piso_sweep_diagonal
 from pipeline.kernels.lookahead import sequential_loss
+from pipeline.kernels.sub_scales import SubScales, fit_sub_scales
 from pipeline.kernels.sweep import SweepResult, piso_sweep
 
 __all__ = [
+    "SubScales",
     "SweepResult",
     "affine_lines",
     "affine_offsets",
     "descend",
     "fit_free",
+    "fit_sub_scales",
     "piso_sweep",
     "piso_sweep_diagonal",
     "round_columns",

@@ -13,15 +13,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.kernels import descend, fit_free
-from pipeline.quantization.formats import Format, QuantizedTensor
+from pipeline.kernels import descend, fit_free, fit_sub_scales
+from pipeline.quantization.formats import (
+    Format,
+    QuantizedTensor,
+    group_offsets,
+    group_scales,
+)
 from pipeline.quantization.scales.absmax import may_mirror
+from pipeline.quantization.scales.hierarchical import REACH, SWEEPS, integer_ranges
 
 LAZY_COLUMNS = 256
 """Columns whose changes are gathered before they update the residual of all others."""
 
-SWEEPS = 2
-"""Passes over the codes of a group before the next one is visited."""
+FREE_SWEEPS = 2
+"""Passes over the codes of a group with a free scale before the next one is visited."""
+
+FLOAT_FIELDS = ("d", "m", "dmin")
+"""Stored fields that are not integers."""
 
 REFIT_ROWS = 256
 """Rows whose normal equations are built together, which bounds memory."""
@@ -109,6 +118,7 @@ class _State:
         self.fields = {name: value.clone() for name, value in quantized.scales.items()}
         self.block = self.fmt.block_of(target.shape[1])
         self.group = self.fmt.group_of(target.shape[1])
+        self.unit = self.block if self.fmt.sub_scale is None else self.group
         self._evaluate()
 
     def quantized(self) -> QuantizedTensor:
@@ -162,35 +172,43 @@ class _State:
         self.residual = torch.where(better, self.residual, old_residual)
 
     def _names(self) -> tuple[str, ...]:
-        return ("d", "m") if self.fmt.affine else ("d",)
+        if not self.fmt.affine:
+            return ("d",)
+        return ("d", "m") if self.fmt.sub_offset is None else ("d", "dmin")
 
     def _basis(self) -> list[Tensor]:
         """What multiplies each stored scale and offset at every weight, each [out, in]."""
         levels = self.levels[self.indices]
         if self.fmt.sub_scale is not None:
             levels = levels * self.fields["sc"].double().repeat_interleave(self.group, dim=1)
-        return [levels, torch.ones_like(levels)] if self.fmt.affine else [levels]
+        if not self.fmt.affine:
+            return [levels]
+        if self.fmt.sub_offset is None:
+            return [levels, torch.ones_like(levels)]
+        return [levels, -self.fields["mn"].double().repeat_interleave(self.group, dim=1)]
 
     # --- codes
 
     def descend(self) -> None:
-        """One cyclic pass over all blocks of columns; the scale of a group moves with its codes."""
+        """One cyclic pass over all groups; a group's scale or integers move with its codes."""
         width = self.target.shape[1]
         stride = max(self.block, LAZY_COLUMNS // self.block * self.block)
         for outer in range(0, width, stride):
             end = min(outer + stride, width)
             before = self.values[:, outer:end].clone()
-            for start in range(outer, end, self.block):
-                part = slice(start, start + self.block)
-                change = self._descend_block(part)
+            for start in range(outer, end, self.unit):
+                part = slice(start, start + self.unit)
+                change = self._descend_group(part)
                 self.residual[:, outer:end] -= change @ self.hessian[part, outer:end]
             change = self.values[:, outer:end] - before
             self.residual[:, :outer] -= change @ self.hessian[outer:end, :outer]
             self.residual[:, end:] -= change @ self.hessian[outer:end, end:]
 
-    def _descend_block(self, part: slice) -> Tensor:
-        """Improve one block of all rows; returns the change of its values."""
-        if self.fmt.affine or self.fmt.sub_scale is not None:
+    def _descend_group(self, part: slice) -> Tensor:
+        """Improve one group of all rows; returns the change of its values."""
+        if self.fmt.sub_scale is not None:
+            return self._descend_integers(part)
+        if self.fmt.affine:
             return self._descend_fixed(part)
         M, old = self.hessian[part, part], self.values[:, part]
         product = old @ M
@@ -201,7 +219,7 @@ class _State:
             linear,
             M,
             self.levels,
-            sweeps=SWEEPS,
+            sweeps=FREE_SWEEPS,
             signed=self.signed,
             lattice=self.fmt.scale_lattice,
         )
@@ -216,13 +234,12 @@ class _State:
         return change
 
     def _descend_fixed(self, part: slice) -> Tensor:
-        groups = slice(part.start // self.group, part.stop // self.group)
-        scales = _group_scales(self.fmt, self.fields)[:, groups]
-        offsets = self.fields["m"][:, groups] if self.fmt.affine else torch.zeros_like(scales)
+        """Codes under the scale and offset that the group has."""
+        g = part.start // self.group
         index, change = descend(
             self.indices[:, part],
-            scales,
-            offsets,
+            self.fields["d"][:, g : g + 1].double(),
+            self.fields["m"][:, g : g + 1].double(),
             self.residual[:, part],
             self.hessian[part, part],
             self.levels,
@@ -232,12 +249,36 @@ class _State:
         self.values[:, part] += change
         return change
 
-
-def _group_scales(fmt: Format, fields: dict[str, Tensor]) -> Tensor:
-    d = fields["d"].double()
-    if fmt.sub_scale is None:
-        return d
-    return d.repeat_interleave(fmt.super_group // fmt.group_size, dim=1) * fields["sc"].double()
+    def _descend_integers(self, part: slice) -> Tensor:
+        """Codes and integers of one group under the super-scales that it has."""
+        M, old = self.hessian[part, part], self.values[:, part]
+        linear = self.residual[:, part] + old @ M
+        centre = old + torch.linalg.solve(M, self.residual[:, part].T).T
+        g, s = part.start // self.group, part.start // self.block
+        d = self.fields["d"][:, s].double()
+        dmin = self.fields["dmin"][:, s].double() if self.fmt.affine else torch.zeros_like(d)
+        sc = self.fields["sc"][:, g].long()
+        mn = self.fields["mn"][:, g].long() if self.fmt.affine else torch.zeros_like(sc)
+        found = fit_sub_scales(
+            centre,
+            M,
+            linear,
+            (d, dmin),
+            (sc, mn, self.indices[:, part]),
+            self.levels,
+            integer_ranges(self.fmt),
+            reach=REACH,
+            sweeps=SWEEPS,
+        )
+        new = (d * found.scales)[:, None] * self.levels[found.level_indices]
+        new = new - (dmin * found.offsets)[:, None]
+        self.indices[:, part] = found.level_indices
+        self.fields["sc"][:, g] = found.scales.to(torch.int8)
+        if self.fmt.affine:
+            self.fields["mn"][:, g] = found.offsets.to(torch.int8)
+        change = new - old
+        self.values[:, part] = new
+        return change
 
 
 def _values(quantized: QuantizedTensor) -> Tensor:
@@ -245,10 +286,10 @@ def _values(quantized: QuantizedTensor) -> Tensor:
     fmt, width = quantized.format, quantized.codes.shape[1]
     levels = fmt.grid.to(quantized.codes.device)[quantized.codes.long() - fmt.code_min]
     group = fmt.group_of(width)
-    values = levels * _group_scales(fmt, dict(quantized.scales)).repeat_interleave(group, dim=1)
-    if fmt.affine:
-        values = values + quantized.scales["m"].double().repeat_interleave(group, dim=1)
-    return values
+    fields = {n: f.double() if n in FLOAT_FIELDS else f for n, f in quantized.scales.items()}
+    values = levels * group_scales(fmt, fields).repeat_interleave(group, dim=1)
+    offsets = group_offsets(fmt, fields)
+    return values if offsets is None else values + offsets.repeat_interleave(group, dim=1)
 
 
 def _least_squares(basis: list[Tensor], hessian: Tensor, target: Tensor, block: int) -> Tensor:

@@ -24,7 +24,13 @@ from pipeline.stages.stored import FLOAT_TYPES
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
-REPLACEMENTS = {"Q6_K": "Q8_0", "Q2_0": "Q4_0"}
+REPLACEMENTS = {
+    **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
+    "IQ4_XS": "IQ4_NL",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
 """What llama-quantize takes where a width does not divide into a type's blocks; F16 otherwise."""
 
 DEMO_NAME = "demo-llama-4m"

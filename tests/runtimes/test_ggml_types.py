@@ -19,7 +19,16 @@ def random_blocks(type_name: str, rows: int = 300) -> np.ndarray:
     rng = np.random.default_rng(len(type_name))
     block, nbytes = SIZES[type_name]
     blocks = rng.integers(0, 256, (rows * WIDTH // block, nbytes), dtype=np.uint8)
-    scale_bytes = {"Q4_1": [1, 3], "Q6_K": [209], "F32": [3], "F16": [1], "BF16": [1]}
+    scale_bytes = {
+        **{name: [1, 3] for name in ("Q4_1", "Q5_1", "Q4_K", "Q5_K")},
+        "Q2_K": [81, 83],
+        "Q3_K": [109],
+        "Q6_K": [209],
+        "TQ1_0": [53],
+        "TQ2_0": [65],
+        "F32": [3],
+        "MXFP4": [],
+    }
     for at in scale_bytes.get(type_name, [1]):
         blocks[:, at] &= 0xBF  # clears the top exponent bit
     return blocks.reshape(rows, -1)

@@ -5,20 +5,30 @@ from __future__ import annotations
 import difflib
 
 from pipeline.errors import UnsupportedError
-from pipeline.quantization.formats.base import Format, QuantizedTensor
+from pipeline.quantization.formats.base import (
+    SUPER_FIELDS,
+    Format,
+    QuantizedTensor,
+    group_offsets,
+    group_scales,
+)
 from pipeline.quantization.formats.ggml import GGML_FORMATS
 from pipeline.quantization.formats.integer import integer_format, parse_integer
-from pipeline.quantization.formats.lattice import BF16, FP16, FP32, ScaleLattice
+from pipeline.quantization.formats.lattice import BF16, E8M0, FP16, FP32, ScaleLattice
 
 __all__ = [
     "BF16",
+    "E8M0",
     "FP16",
     "FP32",
     "GGML_FORMATS",
+    "SUPER_FIELDS",
     "Format",
     "QuantizedTensor",
     "ScaleLattice",
     "get_format",
+    "group_offsets",
+    "group_scales",
     "integer_format",
 ]
 

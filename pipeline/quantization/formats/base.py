@@ -11,6 +11,9 @@ from torch import Tensor
 
 from pipeline.quantization.formats.lattice import ScaleLattice
 
+SUPER_FIELDS = ("d", "dmin")
+"""Stored fields that have one value a super-group; all others have one a group."""
+
 
 @dataclass(frozen=True)
 class Format:
@@ -27,6 +30,8 @@ class Format:
         bits_per_weight: Storage cost including scales (channel-wise: without the scales).
         code_min: Code of the first level; `levels[code - code_min]` is the level of a code.
         sub_scale: Inclusive integer range of a group's sub-scale under the super-scale, if any.
+        sub_offset: Inclusive integer range of a group's offset in units of a super-offset, which is
+            subtracted; affine formats without one store an offset a group.
     """
 
     name: str
@@ -39,6 +44,7 @@ class Format:
     bits_per_weight: float
     code_min: int = 0
     sub_scale: tuple[int, int] | None = None
+    sub_offset: tuple[int, int] | None = None
 
     @cached_property
     def grid(self) -> Tensor:
@@ -65,8 +71,9 @@ class QuantizedTensor:
     Attributes:
         format: The format of all its groups.
         codes: int8 [out, in].
-        scales: The stored fields. ``d`` float32 [out, super-groups] on the scale lattice; for
-            affine formats ``m`` float32 [out, groups]; with sub-scales ``sc`` int8 [out, groups].
+        scales: The stored fields. ``d`` float32 [out, super-groups] on the scale lattice; with
+            sub-scales ``sc`` int8 [out, groups]. Affine formats have ``m`` float32 [out, groups],
+            or ``dmin`` float32 [out, super-groups] and ``mn`` int8 [out, groups].
     """
 
     format: Format
@@ -75,24 +82,52 @@ class QuantizedTensor:
 
     def group_scales(self) -> Tensor:
         """Effective scale of each group, float32 [out, groups]."""
-        d = self.scales["d"]
-        if self.format.sub_scale is None:
-            return d
-        per_super = self.format.super_group // self.format.group_size
-        return d.repeat_interleave(per_super, dim=1) * self.scales["sc"].float()
+        return group_scales(self.format, self.scales)
+
+    def group_offsets(self) -> Tensor | None:
+        """Effective offset of each group, float32 [out, groups]; None without offsets."""
+        return group_offsets(self.format, self.scales)
 
     def dequantize(self) -> Tensor:
         """Weights that the runtime computes with, float32 [out, in], bit for bit.
 
-        Products of an fp16 scale and codes of up to 8 bits are exact in float32, so the order of
-        the multiplications in the runtime does not matter; the one addition of affine formats
-        rounds once, fused or not.
+        Products of an fp16 scale, a sub-scale and a code are exact in float32 (24 bits at most), so
+        the order of the multiplications in the runtime does not matter; the one addition of affine
+        formats rounds once, fused or not.
         """
         width = self.codes.shape[1]
         group = self.format.group_of(width)
         levels = self.format.grid.float().to(self.codes.device)
         values = levels[self.codes.long() - self.format.code_min]
         values = values * self.group_scales().repeat_interleave(group, dim=1)
-        if self.format.affine:
-            values = values + self.scales["m"].repeat_interleave(group, dim=1)
+        offsets = self.group_offsets()
+        if offsets is not None:
+            values = values + offsets.repeat_interleave(group, dim=1)
         return values
+
+
+def group_scales(fmt: Format, fields: Mapping[str, Tensor]) -> Tensor:
+    """Effective scale of each group, [rows, groups], in the dtype of the (super-)scale.
+
+    Args:
+        fmt: The format.
+        fields: Its stored fields, see `QuantizedTensor.scales`.
+    """
+    if fmt.sub_scale is None:
+        return fields["d"]
+    return _times(fields["d"], fields["sc"])
+
+
+def group_offsets(fmt: Format, fields: Mapping[str, Tensor]) -> Tensor | None:
+    """Effective offset of each group, likewise; None without offsets."""
+    if not fmt.affine:
+        return None
+    if fmt.sub_offset is None:
+        return fields["m"]
+    return -_times(fields["dmin"], fields["mn"])
+
+
+def _times(super_values: Tensor, factors: Tensor) -> Tensor:
+    """Values of super-groups spread over their groups, times each group's integer."""
+    per_super = factors.shape[1] // super_values.shape[1]
+    return super_values.repeat_interleave(per_super, dim=1) * factors.to(super_values.dtype)

@@ -1,50 +1,88 @@
-"""The block formats of ggml that are stored as codes and fp16 scales (ggml-common.h)."""
+"""The block formats of ggml that are stored as codes and scales (ggml-common.h).
+
+Codes of integer formats are the integers; those of table formats count the table from its smallest
+value.
+"""
 
 from __future__ import annotations
 
 from pipeline.quantization.formats.base import Format
-from pipeline.quantization.formats.lattice import FP16
+from pipeline.quantization.formats.lattice import E8M0, FP16, ScaleLattice
+
+IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""Table of the non-linear 4-bit types (``kvalues_iq4nl``)."""
+
+FP4_LEVELS = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
+"""E2M1 doubled (``kvalues_mxfp4``); the negative zero is left out."""
 
 
-def _symmetric(name: str, low: int, high: int, group: int, block_bytes: int) -> Format:
+def _plain(
+    name: str,
+    levels: tuple[int, ...] | range,
+    group: int,
+    nbytes: int,
+    *,
+    integer: bool = True,
+    affine: bool = False,
+    lattice: ScaleLattice = FP16,
+) -> Format:
+    """One scale (and offset) a group."""
     return Format(
         name=name,
-        levels=tuple(float(v) for v in range(low, high + 1)),
+        levels=tuple(float(v) for v in levels),
         group_size=group,
         super_group=group,
-        affine=False,
-        signed_scale=True,
-        scale_lattice=FP16,
-        bits_per_weight=8 * block_bytes / group,
-        code_min=low,
+        affine=affine,
+        signed_scale=lattice.signed,
+        scale_lattice=lattice,
+        bits_per_weight=8 * nbytes / group,
+        code_min=levels[0] if integer else 0,
     )
 
 
-Q2_0 = _symmetric("Q2_0", -1, 2, group=64, block_bytes=18)
-Q4_0 = _symmetric("Q4_0", -8, 7, group=32, block_bytes=18)
-Q5_0 = _symmetric("Q5_0", -16, 15, group=32, block_bytes=22)
-Q8_0 = _symmetric("Q8_0", -127, 127, group=32, block_bytes=34)
-Q4_1 = Format(
-    name="Q4_1",
-    levels=tuple(float(v) for v in range(16)),
-    group_size=32,
-    super_group=32,
-    affine=True,
-    signed_scale=True,
-    scale_lattice=FP16,
-    bits_per_weight=5.0,
-)
-Q6_K = Format(
-    name="Q6_K",
-    levels=tuple(float(v) for v in range(-32, 32)),
-    group_size=16,
-    super_group=256,
-    affine=False,
-    signed_scale=True,
-    scale_lattice=FP16,
-    bits_per_weight=6.5625,
-    code_min=-32,
-    sub_scale=(-128, 127),
+def _hierarchical(
+    name: str,
+    levels: tuple[int, ...] | range,
+    group: int,
+    nbytes: int,
+    sub_scale: tuple[int, int],
+    *,
+    integer: bool = True,
+    sub_offset: tuple[int, int] | None = None,
+) -> Format:
+    """Integer sub-scales (and sub-offsets) under super-scales of 256 weights."""
+    return Format(
+        name=name,
+        levels=tuple(float(v) for v in levels),
+        group_size=group,
+        super_group=256,
+        affine=sub_offset is not None,
+        signed_scale=True,
+        scale_lattice=FP16,
+        bits_per_weight=8 * nbytes / 256,
+        code_min=levels[0] if integer else 0,
+        sub_scale=sub_scale,
+        sub_offset=sub_offset,
+    )
+
+
+_FORMATS = (
+    _plain("Q2_0", range(-1, 3), 64, 18),
+    _plain("Q4_0", range(-8, 8), 32, 18),
+    _plain("Q4_1", range(16), 32, 20, affine=True),
+    _plain("Q5_0", range(-16, 16), 32, 22),
+    _plain("Q5_1", range(32), 32, 24, affine=True),
+    _plain("Q8_0", range(-127, 128), 32, 34),
+    _plain("IQ4_NL", IQ4_LEVELS, 32, 18, integer=False),
+    _plain("TQ1_0", range(-1, 2), 256, 54),
+    _plain("TQ2_0", range(-1, 3), 256, 66),
+    _plain("MXFP4", FP4_LEVELS, 32, 17, integer=False, lattice=E8M0),
+    _hierarchical("Q2_K", range(4), 16, 84, (0, 15), sub_offset=(0, 15)),
+    _hierarchical("Q3_K", range(-4, 4), 16, 110, (-32, 31)),
+    _hierarchical("Q4_K", range(16), 32, 144, (0, 63), sub_offset=(0, 63)),
+    _hierarchical("Q5_K", range(32), 32, 176, (0, 63), sub_offset=(0, 63)),
+    _hierarchical("Q6_K", range(-32, 32), 16, 210, (-128, 127)),
+    _hierarchical("IQ4_XS", IQ4_LEVELS, 32, 136, (-32, 31), integer=False),
 )
 
-GGML_FORMATS: dict[str, Format] = {f.name: f for f in (Q2_0, Q4_0, Q4_1, Q5_0, Q8_0, Q6_K)}
+GGML_FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in _FORMATS}

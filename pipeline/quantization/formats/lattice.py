@@ -59,3 +59,5 @@ class ScaleLattice:
 FP32 = ScaleLattice("fp32", 24, -149, 3.4028234663852886e38)
 FP16 = ScaleLattice("fp16", 11, -24, 65504.0)
 BF16 = ScaleLattice("bf16", 8, -133, 3.3895313892515355e38)
+E8M0 = ScaleLattice("e8m0", 1, -128, 2.0**127, signed=False)
+"""Powers of two as MXFP4 in ggml stores them, halved to meet its doubled levels; and 0."""

@@ -8,16 +8,18 @@ the target alone and lets every column carry its mismatch on while it is rounded
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pipeline.kernels import round_columns
-from pipeline.quantization.formats import Format, QuantizedTensor
+from pipeline.quantization.formats import SUPER_FIELDS, Format, QuantizedTensor
 from pipeline.quantization.objective import Factor
 from pipeline.quantization.order import ColumnOrder
 from pipeline.quantization.scales.base import BlockProblem, BlockScales, ScaleRule
+from pipeline.quantization.scales.hierarchical import choose_sub_scales
 
 Metric = Literal["schur", "block"]
 
@@ -70,11 +72,16 @@ def solve_sequential(
         for start in range(outer, gathered.stop, block):
             part, here = (slice(a, a + block) for a in (start, start - outer))
             scales = rule(_problem(work[:, part], hessian, factor, part, metric), fmt)
+            if scales.revisable and P is None:
+                scales, indices[:, part], errors[:, here] = _round_revising(
+                    work[:, part], hessian, factor, part, scales, fmt, metric
+                )
+            else:
+                own = None if P is None else P[part, part]
+                indices[:, part], errors[:, here] = round_block(
+                    work[:, part], inverse_root[part, part], scales, levels, group, own
+                )
             chosen.append(scales)
-            own = None if P is None else P[part, part]
-            indices[:, part], errors[:, here] = round_block(
-                work[:, part], inverse_root[part, part], scales, levels, group, own
-            )
             if P is not None:
                 values = values_of(indices[:, part], scales, levels, group)
                 reached[:, here] = values + errors[:, here] * inverse_root.diagonal()[part]
@@ -82,6 +89,63 @@ def solve_sequential(
             _spread(work, part, later, errors[:, here], inverse_root, reached[:, here], P)
         _spread(work, gathered, slice(gathered.stop, width), errors, inverse_root, reached, P)
     return assemble(indices, chosen, order, fmt)
+
+
+def _round_revising(
+    weights: Tensor,
+    hessian: Tensor,
+    factor: Factor,
+    part: slice,
+    scales: BlockScales,
+    fmt: Format,
+    metric: Metric,
+) -> tuple[BlockScales, Tensor, Tensor]:
+    """Round a super-group group by group; each chooses its sub-scales as it is entered.
+
+    Args:
+        weights: Compensated weights of the super-group, float32 [rows, block].
+        hessian: Damped H, [in, in].
+        factor: Factors of H in solver order.
+        part: Columns of the super-group in solver order.
+        scales: What the rule chose at its entry.
+        fmt: Format with sub-scales.
+        metric: What the choice minimises.
+
+    Returns:
+        Scales, level indices and errors of the super-group.
+    """
+    work, size = weights.clone(), fmt.group_size
+    root = factor.inverse_root[part, part].float()
+    levels = fmt.grid.float().to(work.device)
+    indices = torch.empty(work.shape, dtype=torch.int64, device=work.device)
+    errors = torch.empty_like(work)
+    for g, start in enumerate(range(0, work.shape[1], size)):
+        own, later = slice(start, start + size), slice(start + size, work.shape[1])
+        placed = slice(part.start + own.start, part.start + own.stop)
+        problem = _problem(work[:, own], hessian, factor, placed, metric)
+        scales, together = choose_sub_scales(problem, scales, g, fmt)
+        one = replace(scales, scale=scales.scale[:, g : g + 1], offset=scales.offset[:, g : g + 1])
+        indices[:, own], errors[:, own] = _better_codes(
+            work[:, own], root[own, own], one, together, levels
+        )
+        work[:, later] -= errors[:, own] @ root[own, later]
+    return scales, indices, errors
+
+
+def _better_codes(
+    weights: Tensor, root: Tensor, scales: BlockScales, together: Tensor, levels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Of codes rounded in sequence and codes found together, in each row those of lower loss.
+
+    The loss of a group whose later columns are free is the sum of its squared errors
+    ``(x - v) U^-1``, however its codes were found.
+    """
+    size = weights.shape[1]
+    indices, errors = round_block(weights, root, scales, levels, size)
+    difference = weights - values_of(together, scales, levels, size)
+    others = torch.linalg.solve_triangular(root, difference, upper=True, left=False)
+    better = (others.square().sum(1) < errors.square().sum(1))[:, None]
+    return torch.where(better, together, indices), torch.where(better, others, errors)
 
 
 def _problem(
@@ -166,7 +230,7 @@ def assemble(
     fields = {}
     for name in chosen[0].fields:
         visited = torch.cat([scales.fields[name] for scales in chosen], dim=1)
-        places = order.super_groups if name == "d" else order.groups
+        places = order.super_groups if name in SUPER_FIELDS else order.groups
         stored = torch.empty_like(visited)
         stored[:, places] = visited
         fields[name] = stored

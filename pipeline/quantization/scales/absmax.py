@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.quantization.formats import Format
+from pipeline.quantization.formats import Format, ScaleLattice
 from pipeline.quantization.scales.base import BlockProblem, BlockScales
 
 
@@ -45,36 +45,51 @@ def absmax(problem: BlockProblem, fmt: Format, *, signed: bool = True) -> BlockS
     Looks at the weights only.
     """
     weights = problem.weights
-    lattice = fmt.scale_lattice
-    if fmt.affine:
-        low, high = weights.amin(1, keepdim=True), weights.amax(1, keepdim=True)
-        scale, offset = lattice.round((high - low) / fmt.levels[-1]), lattice.round(low)
-        return BlockScales(scale, offset, {"d": scale.float(), "m": offset.float()})
-    group = fmt.group_of(weights.shape[1])
     rows = len(weights)
-    scale = smallest_covering_scale(
-        weights.reshape(-1, group), fmt.grid, signed=may_mirror(fmt, signed)
-    ).reshape(rows, -1)
-    return on_lattice(scale, fmt)
+    grouped = weights.reshape(-1, fmt.group_of(weights.shape[1]))
+    if fmt.affine:
+        low, high = grouped.amin(1), grouped.amax(1)
+        scale = ((high - low) / fmt.levels[-1]).reshape(rows, -1)
+        return on_lattice(scale, fmt, low.reshape(rows, -1))
+    scale = smallest_covering_scale(grouped, fmt.grid, signed=may_mirror(fmt, signed))
+    return on_lattice(scale.reshape(rows, -1), fmt)
 
 
-def on_lattice(scale: Tensor, fmt: Format) -> BlockScales:
-    """Store wanted group scales as the format can: rounded, or as sub-scales of a super-scale.
+def on_lattice(scale: Tensor, fmt: Format, offset: Tensor | None = None) -> BlockScales:
+    """Store wanted group scales and offsets as the format can.
 
-    The super-scale is the smallest that reaches the largest group scale with a sub-scale; signs are
-    arranged so that the longer end of the sub-scale range serves the largest.
+    They are rounded, or become integers under super-values: the smallest ones that reach the
+    largest wanted value with an integer; signs are arranged so that the longer end of the integers'
+    range serves the largest.
 
     Args:
         scale: Wanted scale of each group of the block, [rows, groups].
+        fmt: Format of the block.
+        offset: Wanted offset of each group, same shape; for affine formats.
     """
+    lattice = fmt.scale_lattice
+    zero = torch.zeros_like(scale)
     if fmt.sub_scale is None:
-        scale = fmt.scale_lattice.round(scale)
-        return BlockScales(scale, scale.new_zeros(()).expand_as(scale), {"d": scale.float()})
-    low, high = fmt.sub_scale
-    largest = scale.gather(1, scale.abs().argmax(1, keepdim=True))
-    d = fmt.scale_lattice.round(largest / low)
-    safe = torch.where(d == 0, 1.0, d)
-    sub = torch.where(d == 0, 0.0, torch.round(scale / safe)).clamp(low, high)
-    effective = d * sub
-    fields = {"d": d.float(), "sc": sub.to(torch.int8)}
-    return BlockScales(effective, effective.new_zeros(()).expand_as(effective), fields)
+        scale = lattice.round(scale)
+        if offset is None:
+            return BlockScales(scale, zero, {"d": scale.float()})
+        offset = lattice.round(offset)
+        return BlockScales(scale, offset, {"d": scale.float(), "m": offset.float()})
+    d, sc = _under_super(scale, fmt.sub_scale, lattice)
+    fields = {"d": d.float(), "sc": sc.to(torch.int8)}
+    if offset is None or fmt.sub_offset is None:
+        return BlockScales(d * sc, zero, fields)
+    dmin, mn = _under_super(-offset, fmt.sub_offset, lattice)
+    fields |= {"dmin": dmin.float(), "mn": mn.to(torch.int8)}
+    return BlockScales(d * sc, -dmin * mn, fields)
+
+
+def _under_super(
+    wanted: Tensor, limits: tuple[int, int], lattice: ScaleLattice
+) -> tuple[Tensor, Tensor]:
+    """Super-value [rows, 1] and integers [rows, groups] of wanted values."""
+    low, high = limits
+    largest = wanted.gather(1, wanted.abs().argmax(1, keepdim=True))
+    unit = lattice.round(largest / (low if -low > high else high))
+    integers = torch.round(wanted / torch.where(unit == 0, 1.0, unit)).clamp(low, high)
+    return unit, torch.where(unit == 0, 0.0, integers)

@@ -40,6 +40,9 @@ THOROUGH = _Effort((0.7, 0.77, 0.86, 0.95, 1.05, 1.16, 1.27, 1.4), (0.1, 0.3, 0.
 LIGHT = _Effort((0.72, 0.86, 1.0, 1.2), (0.2, 0.5, 0.8), 4, 1)
 """For more than 8 levels, where it loses 3 % of in-group loss and takes 0.4 of the time."""
 
+SEED = _Effort((0.72, 0.86, 1.0, 1.2), (), 0, 0)
+"""For pairs that are chosen anew under super-scales."""
+
 LATTICE_STEPS = 2
 """Lattice steps of the scale that are tried on each side for fixed codes."""
 
@@ -63,6 +66,29 @@ def piso_affine(problem: BlockProblem, fmt: Format, *, signed: bool = True) -> B
     weights, M = problem.weights.double(), problem.metric.double()
     linear = problem.linear.double()
     top = len(fmt.levels) - 1
+    weights, codes = _rounded(weights, M, linear, top)
+    signed = signed and fmt.signed_scale and fmt.scale_lattice.signed
+    scale, offset, codes = _on_lattice(weights, M, linear, codes, top, fmt.scale_lattice, signed)
+    scale, offset = (t[:, None].to(problem.weights.dtype) for t in (scale, offset))
+    return BlockScales(scale, offset, {"d": scale.float(), "m": offset.float()}, codes)
+
+
+def seed_codes(weights: Tensor, metric: Tensor, linear: Tensor, top: int) -> Tensor:
+    """Codes of a good free scale and offset of one group, int64 [rows, inputs], quickly.
+
+    Args:
+        weights: What is rounded, [rows, inputs].
+        metric: M, [inputs, inputs].
+        linear: b, [rows, inputs].
+        top: Largest code.
+    """
+    gradient = linear - weights @ metric
+    centre = weights + torch.linalg.solve(metric, gradient.T).T
+    return _search(centre, metric, linear, top, SEED)[1]
+
+
+def _rounded(weights: Tensor, M: Tensor, linear: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """What is rounded, the weights or the minimum ``M^-1 b``, whichever is better; its codes."""
     gain, codes = _codes(weights, M, linear, top)
     gradient = linear - weights @ M
     if (gradient.abs() > 1e-9 * linear.abs().amax(1, keepdim=True)).any():
@@ -70,17 +96,14 @@ def piso_affine(problem: BlockProblem, fmt: Format, *, signed: bool = True) -> B
         other_gain, other = _codes(centre, M, linear, top)
         nearer = (other_gain > gain)[:, None]
         weights, codes = torch.where(nearer, centre, weights), torch.where(nearer, other, codes)
-    signed = signed and fmt.signed_scale and fmt.scale_lattice.signed
-    scale, offset, codes = _on_lattice(weights, M, linear, codes, top, fmt.scale_lattice, signed)
-    scale, offset = (t[:, None].to(problem.weights.dtype) for t in (scale, offset))
-    return BlockScales(scale, offset, {"d": scale.float(), "m": offset.float()}, codes)
+    return weights, codes
 
 
 def _codes(weights: Tensor, M: Tensor, linear: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """Gain and codes of the search that the size of the block allows."""
     size = weights.shape[1]
     if size * (size - 1) // 2 * top * (top - 1) > EXACT_CROSSINGS:
-        return _search(weights, M, linear, top)
+        return _search(weights, M, linear, top, LIGHT if top >= 8 else THOROUGH)
     lines, anchors = _all_thresholds(weights, top)
     return affine_lines(weights, M, linear, top + 1, lines, anchors)
 
@@ -106,11 +129,12 @@ def _offset_sweeps(weights: Tensor, u: Tensor) -> Tensor:
     return torch.stack([u, -torch.maximum(u * low, u * high) - 1, zero, zero + 1], dim=2)
 
 
-def _search(weights: Tensor, M: Tensor, linear: Tensor, top: int) -> tuple[Tensor, Tensor]:
+def _search(
+    weights: Tensor, M: Tensor, linear: Tensor, top: int, effort: _Effort
+) -> tuple[Tensor, Tensor]:
     """Good codes of large blocks: exact sweeps over the offset at several scales, then over lines
     through the best pair so far and along the thresholds nearest to it.
     """
-    effort = LIGHT if top >= 8 else THOROUGH
     spread = (weights.amax(1) - weights.amin(1)).clamp_min(1e-300)
     shrink = SHRINKS.get(top + 1, 1.0) * weights.new_tensor(effort.spread)
     lines = _offset_sweeps(weights, top / (spread[:, None] * shrink))

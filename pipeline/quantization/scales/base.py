@@ -20,12 +20,14 @@ class BlockScales:
         fields: The stored fields, each [rows, n], see `QuantizedTensor.scales`.
         level_indices: Codes found together with the scale, int64 [rows, block], if the rule finds
             them (as indices into the levels).
+        revisable: Sub-scales may be chosen again as the sequential solver enters each group.
     """
 
     scale: Tensor
     offset: Tensor
     fields: dict[str, Tensor] = field(default_factory=dict)
     level_indices: Tensor | None = None
+    revisable: bool = False
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from pipeline.quantization.formats import Format, QuantizedTensor
+from pipeline.quantization.formats import SUPER_FIELDS, Format, QuantizedTensor
 from pipeline.quantization.scales.base import BlockProblem, BlockScales, ScaleRule
 
 
@@ -18,9 +19,9 @@ def fixed_scales(quantized: QuantizedTensor, blocks: Tensor) -> ScaleRule:
         quantized: The solution whose scales are kept; its codes are not used.
         blocks: (Super-)groups in the order in which the solver will ask, int64 [blocks].
     """
-    fmt = quantized.format
     scales = quantized.group_scales().double()
-    offsets = quantized.scales["m"].double() if fmt.affine else scales.new_zeros(scales.shape)
+    offsets = quantized.group_offsets()
+    offsets = torch.zeros_like(scales) if offsets is None else offsets.double()
     coming = iter(blocks.tolist())
 
     def rule(problem: BlockProblem, asked: Format) -> BlockScales:
@@ -28,7 +29,7 @@ def fixed_scales(quantized: QuantizedTensor, blocks: Tensor) -> ScaleRule:
         per_block = problem.weights.shape[1] // asked.group_of(problem.weights.shape[1])
         groups = slice(g * per_block, (g + 1) * per_block)
         fields = {
-            name: value[:, g : g + 1] if name == "d" else value[:, groups]
+            name: value[:, g : g + 1] if name in SUPER_FIELDS else value[:, groups]
             for name, value in quantized.scales.items()
         }
         return BlockScales(scales[:, groups], offsets[:, groups], fields)

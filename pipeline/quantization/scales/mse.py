@@ -35,9 +35,7 @@ def mse(problem: BlockProblem, fmt: Format, *, signed: bool = True) -> BlockScal
     scale, offset = _search(weights, starts, fmt)
     rows = len(problem.weights)
     scale, offset = scale.reshape(rows, -1), offset.reshape(rows, -1)
-    if fmt.affine:
-        return BlockScales(scale, offset, {"d": scale.float(), "m": offset.float()})
-    return on_lattice(scale, fmt)
+    return on_lattice(scale, fmt, offset if fmt.affine else None)
 
 
 def _ranges(weights: Tensor, fmt: Format, mirror: bool) -> list[tuple[Tensor, Tensor]]:

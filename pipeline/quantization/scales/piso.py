@@ -1,12 +1,13 @@
 """Piecewise Scale Optimization (arXiv 2606.10890) as scale rules for one block.
 
 Single-scale blocks are solved exactly on the scale lattice by the sweep of
-`pipeline.kernels.piso_sweep`. Blocks with an offset go to `scales.affine`,
-blocks with sub-scales group by group followed by rounding onto the super-scale's lattice.
+`pipeline.kernels.piso_sweep`. Blocks with an offset go to `scales.affine`, blocks with sub-scales
+to `scales.hierarchical`.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,9 +16,10 @@ from torch import Tensor
 from pipeline.errors import UnsupportedError
 from pipeline.kernels import piso_sweep, piso_sweep_diagonal
 from pipeline.quantization.formats import Format
-from pipeline.quantization.scales.absmax import may_mirror, on_lattice
+from pipeline.quantization.scales.absmax import may_mirror
 from pipeline.quantization.scales.affine import piso_affine
 from pipeline.quantization.scales.base import BlockProblem, BlockScales
+from pipeline.quantization.scales.hierarchical import hierarchical
 
 Curvature = Literal["dense", "diagonal", "identity"]
 """Which part of the metric a rule looks at."""
@@ -49,11 +51,11 @@ def piso(
     diagonal = _diagonal(problem, hessian)
     if diagonal is not None:
         metric, linear = diagonal.diag(), diagonal * _centre(problem, hessian)
-    signed = may_mirror(fmt, signed)
+    allowed, signed = signed, may_mirror(fmt, signed)
+    if fmt.sub_scale is not None:
+        return hierarchical(replace(problem, metric=metric, linear=linear), fmt, signed=allowed)
     if fmt.affine:
         return piso_affine(BlockProblem(weights, metric, linear), fmt, signed=signed)
-    if fmt.sub_scale is not None:
-        return _hierarchical(weights, metric, linear, fmt, signed)
     grid, lattice = fmt.grid.to(weights.device), fmt.scale_lattice
     if diagonal is None:
         result = piso_sweep(
@@ -92,20 +94,3 @@ def _diagonal(problem: BlockProblem, hessian: Curvature) -> Tensor | None:
 
 def _centre(problem: BlockProblem, hessian: Curvature) -> Tensor:
     return problem.weights if hessian == "identity" else minimum(problem)
-
-
-def _hierarchical(
-    weights: Tensor, metric: Tensor, linear: Tensor, fmt: Format, signed: bool
-) -> BlockScales:
-    """Each group on its own block of the metric, then sub-scales under a common super-scale."""
-    group = fmt.group_size
-    grid = fmt.grid.to(weights.device)
-    gradient = linear - weights @ metric
-    wanted = []
-    for start in range(0, weights.shape[1], group):
-        part = slice(start, start + group)
-        block = metric[part, part]
-        # The other groups are taken as unquantized, so their share of the gradient drops out.
-        share = gradient[:, part] + weights[:, part] @ block
-        wanted.append(piso_sweep(weights[:, part], block, share, grid, signed=signed).scales)
-    return on_lattice(torch.stack(wanted, dim=1).to(weights.dtype), fmt)

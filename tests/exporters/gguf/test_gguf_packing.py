@@ -8,9 +8,9 @@ import torch
 
 from exporters.gguf import ggml_type, pack
 from pipeline.errors import UnsupportedError, VerificationError
-from pipeline.quantization.formats import GGML_FORMATS, QuantizedTensor, get_format
+from pipeline.quantization.formats import E8M0, GGML_FORMATS, QuantizedTensor, get_format
 
-TYPES = ("Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q6_K", "Q8_0")
+TYPES = tuple(GGML_FORMATS)
 IN_GGUF_PACKAGE = tuple(name for name in TYPES if name in gguf.GGMLQuantizationType.__members__)
 
 
@@ -26,13 +26,22 @@ def random_tensor(name: str, rows: int = 7, blocks: int = 3, seed: int = 0) -> Q
     fmt, rng = GGML_FORMATS[name], np.random.default_rng(seed)
     width = blocks * fmt.super_group
     codes = rng.integers(fmt.code_min, fmt.code_min + len(fmt.levels), (rows, width))
-    scales = {"d": random_halves(rng, (rows, blocks))}
-    if fmt.affine:
-        scales["m"] = random_halves(rng, (rows, width // fmt.group_size))
+    per_super, per_group = (rows, blocks), (rows, width // fmt.group_size)
+
+    def integers(limits: tuple[int, int]) -> torch.Tensor:
+        found = rng.integers(limits[0], limits[1] + 1, per_group)
+        return torch.from_numpy(found.astype(np.int8))
+
+    scales = {"d": random_halves(rng, per_super)}
+    if fmt.scale_lattice is E8M0:
+        exponents = torch.from_numpy(rng.integers(-128, 128, per_super))
+        scales["d"] = torch.ldexp(torch.ones(per_super), exponents)
     if fmt.sub_scale:
-        low, high = fmt.sub_scale
-        sub = rng.integers(low, high + 1, (rows, width // fmt.group_size))
-        scales["sc"] = torch.from_numpy(sub.astype(np.int8))
+        scales["sc"] = integers(fmt.sub_scale)
+    if fmt.sub_offset:
+        scales |= {"dmin": random_halves(rng, per_super), "mn": integers(fmt.sub_offset)}
+    elif fmt.affine:
+        scales["m"] = random_halves(rng, per_group)
     return QuantizedTensor(fmt, torch.from_numpy(codes.astype(np.int8)), scales)
 
 
@@ -75,25 +84,69 @@ def test_bytes_of_the_c_quantizer_survive_decoding_and_repacking(name: str) -> N
     scales = {key: torch.from_numpy(value.reshape(5, -1)) for key, value in scales.items()}
 
     decoded = ggml_oracle.dequantize(ggml_type(name).type_id, expected, weights.shape[1])
-    group = weights.shape[1] // (scales["sc"] if "sc" in scales else scales["d"]).shape[1]
-    unit = QuantizedTensor(fmt, torch.zeros(decoded.shape, dtype=torch.int8), scales).group_scales()
-    unit = np.repeat(unit.numpy(), group, axis=1)
-    offset = np.repeat(scales["m"].numpy(), group, axis=1) if fmt.affine else 0
-    with np.errstate(invalid="ignore", divide="ignore"):
-        codes = np.nan_to_num(np.rint((decoded.astype(np.float64) - offset) / unit))
+    unit = QuantizedTensor(fmt, torch.zeros(decoded.shape, dtype=torch.int8), scales)
+    scale, offset = unit.group_scales().numpy(), unit.group_offsets()
+    scale = np.repeat(scale, fmt.group_size, axis=1)[:, :, None]
+    offset = 0 if offset is None else np.repeat(offset.numpy(), fmt.group_size, axis=1)[:, :, None]
+    values = scale * np.array(fmt.levels, np.float32) + offset
+    # A group of scale 0 says nothing of its codes: the C quantizers store level 0, or the lowest.
+    zero = fmt.levels.index(0) if 0 in fmt.levels else 0
+    exact = np.abs(values.astype(np.float64) - decoded[:, :, None])
+    codes = np.where(scale[:, :, 0] == 0, zero, exact.argmin(2)) + fmt.code_min
     tensor = QuantizedTensor(fmt, torch.from_numpy(codes.astype(np.int8)), scales)
     assert np.array_equal(pack(tensor), expected)
 
 
 def stored_scales(name: str, blocks: np.ndarray) -> dict[str, np.ndarray]:
-    """Scale fields where ggml-common.h says they are."""
+    """Scale fields where ggml-common.h says they are, bit after bit."""
 
     def half(at: int) -> np.ndarray:
         return blocks[:, at : at + 2].copy().view("<f2").astype(np.float32)
 
+    def each(field) -> np.ndarray:
+        return np.array([field(block.astype(int)) for block in blocks], np.int8)
+
+    if name == "MXFP4":
+        return {"d": np.ldexp(np.float32(1), blocks[:, :1].astype(int) - 128)}
     if name == "Q6_K":
         return {"d": half(208), "sc": blocks[:, 192:208].copy().view(np.int8)}
-    return {"d": half(0), "m": half(2)} if name == "Q4_1" else {"d": half(0)}
+    if name == "Q2_K":
+        sc, mn = each(lambda b: b[:16] % 16), each(lambda b: b[:16] // 16)
+        return {"d": half(80), "dmin": half(82), "sc": sc, "mn": mn}
+    if name == "Q3_K":
+        sc = each(lambda b: [six_bits_of_q3(b[96:108], n) - 32 for n in range(16)])
+        return {"d": half(108), "sc": sc}
+    if name in ("Q4_K", "Q5_K"):
+        sc, mn = (each(lambda b, at=at: pairs_of_q4(b[4:16], at)) for at in (0, 1))
+        return {"d": half(0), "dmin": half(2), "sc": sc, "mn": mn}
+    if name == "IQ4_XS":
+        return {"d": half(0), "sc": each(scales_of_iq4)}
+    at = {"TQ1_0": 52, "TQ2_0": 64}.get(name, 0)
+    return {"d": half(at)} | ({"m": half(2)} if name in ("Q4_1", "Q5_1") else {})
+
+
+def six_bits_of_q3(packed: np.ndarray, n: int) -> int:
+    low = packed[n] % 16 if n < 8 else packed[n - 8] // 16
+    return int(low + 16 * (packed[8 + n % 4] >> 2 * (n // 4) & 3))
+
+
+def pairs_of_q4(q: np.ndarray, offset: int) -> list[int]:
+    """get_scale_min_k4 for all eight groups."""
+    found = []
+    for j in range(8):
+        if j < 4:
+            found.append(q[j + 4 * offset] & 63)
+        else:
+            low = q[j + 4] >> 4 if offset else q[j + 4] & 15
+            found.append(low | (q[j - 4 + 4 * offset] >> 6) << 4)
+    return found
+
+
+def scales_of_iq4(block: np.ndarray) -> list[int]:
+    high = block[2] | block[3] << 8
+    return [
+        (block[4 + n // 2] >> 4 * (n % 2) & 15 | (high >> 2 * n & 3) << 4) - 32 for n in range(8)
+    ]
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -119,7 +172,9 @@ def test_widths_that_are_no_whole_blocks() -> None:
 
 
 @pytest.mark.parametrize("value", [1e-9, 1 / 3, 65520.0, float("inf"), float("nan")])
-@pytest.mark.parametrize(("name", "field"), [("Q4_0", "d"), ("Q4_1", "m"), ("Q6_K", "d")])
+@pytest.mark.parametrize(
+    ("name", "field"), [("Q4_0", "d"), ("Q4_1", "m"), ("Q6_K", "d"), ("Q4_K", "dmin")]
+)
 def test_scales_off_the_lattice(name: str, field: str, value: float) -> None:
     tensor = random_tensor(name)
     tensor.scales[field][1, 1] = value
@@ -127,7 +182,7 @@ def test_scales_off_the_lattice(name: str, field: str, value: float) -> None:
         pack(tensor)
 
 
-@pytest.mark.parametrize("name", ["Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q6_K", "Q8_0"])
+@pytest.mark.parametrize("name", TYPES)
 def test_codes_out_of_range(name: str) -> None:
     fmt = GGML_FORMATS[name]
     for code in (fmt.code_min - 1, fmt.code_min + len(fmt.levels)):
@@ -146,7 +201,21 @@ def test_wrong_fields_and_dtypes() -> None:
             pack(QuantizedTensor(fmt, codes, scales))
     with pytest.raises(VerificationError, match="int8"):
         pack(QuantizedTensor(fmt, codes.int(), {"d": torch.ones(2, 2)}))
-    tensor = random_tensor("Q6_K")
-    fields = {**tensor.scales, "sc": tensor.scales["sc"].float()}
-    with pytest.raises(VerificationError, match="sub-scales"):
-        pack(QuantizedTensor(tensor.format, tensor.codes, fields))
+    tensor = random_tensor("Q4_K")
+    for field in ("sc", "mn"):
+        wrong = [tensor.scales[field].float(), torch.full_like(tensor.scales[field], 64)]
+        for value in wrong:
+            fields = {**tensor.scales, field: value}
+            with pytest.raises(VerificationError, match=rf"{field}.*0\.\.63"):
+                pack(QuantizedTensor(tensor.format, tensor.codes, fields))
+
+
+def test_powers_of_two_are_stored_as_their_exponents() -> None:
+    fmt = GGML_FORMATS["MXFP4"]
+    codes = torch.zeros(3, 32, dtype=torch.int8)
+    scales = {"d": torch.tensor([[2.0**127], [2.0**-128], [0.0]])}
+    packed = pack(QuantizedTensor(fmt, codes, scales))
+    assert packed[:, 0].tolist() == [255, 0, 0]
+    assert not packed[2].any()  # the exponent cannot say 0, so the codes must
+    with pytest.raises(VerificationError, match="e8m0"):
+        pack(QuantizedTensor(fmt, codes, {"d": torch.full((3, 1), 0.75)}))

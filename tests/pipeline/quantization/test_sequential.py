@@ -160,7 +160,8 @@ def test_the_expected_ranking_of_methods(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q6_K", "INT4_G16", "INT2"]
+    "name",
+    ["Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q6_K", "INT4_G16", "INT2", "Q2_K", "Q3_K", "TQ2_0"],
 )
 @pytest.mark.parametrize("rule", [absmax, piso])
 def test_scales_are_on_the_lattice_and_codes_in_range(name: str, rule) -> None:

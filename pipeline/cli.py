@@ -15,6 +15,7 @@ from pipeline.cli_help import MAIN, PROGRAM, TaughtCommand, TaughtGroup
 from pipeline.cli_options import (
     AllowPickle,
     Debug,
+    DryRun,
     Fresh,
     OriginalModel,
     Output,
@@ -59,6 +60,7 @@ def deploy(
     run_dir: RunDir = None,
     fresh: Fresh = False,
     allow_pickle: AllowPickle = False,
+    dry_run: DryRun = False,
     progress: ProgressMode = "auto",
     debug: Debug = False,
 ) -> None:
@@ -67,6 +69,11 @@ def deploy(
         resolved = choice.resolve()
         from pipeline import run
 
+        if dry_run:
+            from pipeline.tables import print_plan
+
+            print_plan(run.plan(resolved, allow_pickle=allow_pickle), _console())
+            return
         report = run.deploy(
             resolved,
             output=output or _default_output(resolved.recipe.model, resolved.recipe.type),

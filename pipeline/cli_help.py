@@ -29,7 +29,8 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("deploy ./my-model --target gguf --type Q4_0 --output out", "a local checkpoint"),
         ("deploy Qwen/Qwen3-0.6B --type Q2_0 --preset best -o out", "a hub model at 2 bits"),
         ("deploy ./my-model --calibration my.txt --samples 64", "your own text"),
-        ("deploy ./my-model --token-embedding-type Q6_K -o small", "a smaller embedding"),
+        ("deploy ./my-model --type Q4_K_M -o mixed", "one of llama-quantize's mixes"),
+        ("deploy ./my-model --type Q2_K --pure --dry-run", "types and sizes, nothing else"),
         ("deploy --recipe r.toml --set calibration.seqlen=256", "a recipe, with one change"),
     ),
     "verify": (

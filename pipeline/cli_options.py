@@ -44,7 +44,14 @@ Overrides = Annotated[
     list[str] | None, _option("--set", "KEY=VALUE", "Any key of the recipe; repeatable.", _RECIPE)
 ]
 Target = Annotated[str | None, _option("--target", "FORMAT", "File format: gguf.", _TYPES)]
-WeightType = Annotated[str | None, _option("--type", "T", "Of the decoder weights.", _TYPES)]
+WeightType = Annotated[
+    str | None, _option("--type", "T", "Of the weights: Q4_0, Q2_K, Q4_K_M, ...", _TYPES)
+]
+Pure = Annotated[bool, _switch("--pure", "All matrices in the one type, no mix.", _TYPES)]
+TensorTypes = Annotated[
+    list[str] | None,
+    _option("--tensor-type", "REGEX=T", "By GGUF name; repeatable.", _TYPES),
+]
 EmbeddingType = Annotated[
     str | None, _option("--token-embedding-type", "T", "Of the token embedding.", _TYPES)
 ]
@@ -71,6 +78,7 @@ Overwrite = Annotated[bool, _switch("--overwrite", "Replace an earlier output fo
 RunDir = Annotated[Path | None, _option("--run-dir", "DIR", "Keeps finished blocks for a resume.")]
 Fresh = Annotated[bool, _switch("--fresh", "Start over instead of resuming.")]
 AllowPickle = Annotated[bool, _switch("--allow-pickle", "Read PyTorch pickles; they can run code.")]
+DryRun = Annotated[bool, _switch("--dry-run", "Print every tensor's type and size, then stop.")]
 ProgressMode = Annotated[str, _option("--progress", "MODE", "auto, plain, json or quiet.")]
 Debug = Annotated[bool, _switch("--debug", "Show the traceback of an error.")]
 OriginalModel = Annotated[
@@ -109,6 +117,8 @@ def recipe_options(
     revision: Revision = None,
     target: Target = None,
     weight_type: WeightType = None,
+    pure: Pure = False,
+    tensor_types: TensorTypes = None,
     token_embedding_type: EmbeddingType = None,
     output_tensor_type: OutputType = None,
     allow_fallback: AllowFallback = False,
@@ -125,6 +135,8 @@ def recipe_options(
         "revision": revision,
         "target": target,
         "type": weight_type,
+        "pure": pure or None,
+        "tensor_types": tuple(tensor_types) if tensor_types else None,
         "token_embedding_type": token_embedding_type,
         "output_tensor_type": output_tensor_type,
         "allow_fallback": allow_fallback or None,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from functools import cache
 from typing import Annotated, Literal
 
@@ -22,6 +23,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from pipeline.mixes import BASES
 from pipeline.suggest import did_you_mean
 from pipeline.transforms import TRANSFORMS
 
@@ -34,6 +36,9 @@ WEIGHT_TYPES = (
 
 TABLE_TYPES = (*WEIGHT_TYPES, "F16", "F32")
 """Types that the token embedding and the output head can be stored in."""
+
+FILE_TYPES = tuple(dict.fromkeys((*WEIGHT_TYPES, *BASES)))
+"""What a file can be made of: types, and llama-quantize's mixes of them."""
 
 Value = str | int | float | bool | None | tuple[str, ...]
 """What a recipe key can hold."""
@@ -54,7 +59,30 @@ def _known_transform(name: str) -> str:
     return name
 
 
-WeightType = Annotated[str, _one_of(WEIGHT_TYPES)]
+def split_tensor_type(text: str) -> tuple[str, str]:
+    """Pattern and type of ``REGEX=TYPE``.
+
+    Raises:
+        ValueError: Another form, a wrong expression, or an unknown type.
+    """
+    pattern, equals, kind = text.rpartition("=")
+    if not equals or not pattern:
+        raise ValueError(f"{text!r} is not REGEX=TYPE")
+    if kind.upper() not in TABLE_TYPES:
+        raise ValueError(f"unknown type {kind!r}; {did_you_mean(kind, TABLE_TYPES)}")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    return pattern, kind.upper()
+
+
+def _tensor_type(text: str) -> str:
+    return "=".join(split_tensor_type(text))
+
+
+WeightType = Annotated[str, _one_of(FILE_TYPES)]
+TensorType = Annotated[str, AfterValidator(_tensor_type)]
 TableType = Annotated[str, _one_of(TABLE_TYPES)]
 Transform = Annotated[str, AfterValidator(_known_transform)]
 Name = Annotated[str, Field(min_length=1)]
@@ -159,6 +187,13 @@ class Quantization(_Frozen):
     damping: float = Field(
         default=0.01, ge=0, le=1, description="Added to H's diagonal, as a fraction of its mean."
     )
+    shrinkage: float = Field(
+        default=0.0,
+        ge=0,
+        le=10,
+        description="Ridge penalty on targets, in units of damping. Can lower perplexity on text "
+        "unlike the training text; moves away from the full precision model.",
+    )
 
 
 class Evaluation(_Frozen):
@@ -225,14 +260,20 @@ class Recipe(_Frozen):
     )
     revision: Name | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     target: Literal["gguf"] = Field(default="gguf", description="File format to produce.")
-    type: WeightType = Field(default="Q4_0", description="Type of the decoder weights.")
-    token_embedding_type: TableType = Field(
-        default="Q8_0", description="Type of the token embedding."
+    type: WeightType = Field(
+        default="Q4_0", description="Type of the weights, or a mix of llama-quantize."
+    )
+    pure: bool = Field(default=False, description="All matrices in the one type, no mix.")
+    token_embedding_type: TableType | None = Field(
+        default=None, description="Type of the token embedding; unset: as the mix has it."
     )
     output_tensor_type: TableType | None = Field(
-        default=None,
-        description="Type of the output head; unset: shared with the embedding where tied, "
-        "else the embedding's type.",
+        default=None, description="Type of the output head; unset: as the mix has it."
+    )
+    tensor_types: tuple[TensorType, ...] = Field(
+        default=(),
+        strict=False,
+        description="REGEX=TYPE by GGUF name; the first that fits decides.",
     )
     allow_fallback: bool = Field(
         default=False,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from exporters.gguf import gguf_name
 from pipeline import __version__
 from pipeline.errors import InputError, QualityGateError, UsageError, VerificationError
 from pipeline.progress import Progress, memory_bytes
@@ -24,6 +25,7 @@ from pipeline.stages.calibrate import Texts, prepare_texts
 from pipeline.stages.export import export
 from pipeline.stages.file_gates import check_tokenizer
 from pipeline.stages.load import Source, open_source
+from pipeline.stages.plan import TypePlan
 from pipeline.stages.quantize import QuantizedModel, quantize
 from pipeline.stages.report import RECIPE, check_files, deliver
 from pipeline.stages.transform import transform
@@ -178,7 +180,7 @@ def _finish(
     """Export, verify and document into the folder that is about to be published."""
     recipe, source = resolved.recipe, model.source
     _stage(progress, "export")
-    path = staging / f"{source.name}-{source.main_type}.gguf"
+    path = staging / f"{source.name}-{source.file_type}.gguf"
     promised = export(path, model, recipe)
     _stage(progress, "verify")
     ladder = climb(path, promised, recipe, source, texts, staging, progress)
@@ -198,6 +200,20 @@ def _finish(
         "sites": model.sites,
     }
     return deliver(staging, report, resolved, record)
+
+
+def plan(resolved: ResolvedRecipe, *, allow_pickle: bool = False) -> dict[str, tuple[str, int]]:
+    """What a deploy would store: type and bytes of every tensor, by GGUF name.
+
+    Raises:
+        PipelineError: The checkpoint or the recipe is refused.
+    """
+    source = open_source(resolved.recipe, allow_pickle=allow_pickle)
+    found = {}
+    for name, shape in source.shapes.items():
+        only = TypePlan({name: source.plan.types.get(name, "F32")}, ())
+        found[gguf_name(name)] = (only.types[name], only.size_bytes({name: shape}))
+    return found
 
 
 def verify(

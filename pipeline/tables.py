@@ -49,6 +49,14 @@ def print_report(report: Report, console: Console) -> None:
     console.print(_verdict(report))
 
 
+def print_plan(plan: Mapping[str, tuple[str, int]], console: Console) -> None:
+    """What ``deploy --dry-run`` would store: type and bytes of each tensor."""
+    rows = [(name, kind, f"{size:,}") for name, (kind, size) in plan.items()]
+    total = sum(size for _, size in plan.values())
+    console.print(table("Tensors", ("name", "type", "bytes"), rows))
+    console.print(Text(f"{len(plan)} tensors, {total:,} bytes without metadata"))
+
+
 def _report_tables(report: Report) -> Iterator[Group]:
     if report.qualities:
         quality_rows = map(figures.quality_row, report.qualities)

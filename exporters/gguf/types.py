@@ -7,7 +7,7 @@ from pipeline.errors import UnsupportedError
 
 _BY_NAME = {kind.name: kind for kind in GGML_TYPES.values()}
 
-# `enum llama_ftype` of llama.h; of the mixes named after one type, the plainest (``_S``).
+# `enum llama_ftype` of llama.h. Pure files of a type that only names mixes announce the plainest.
 _FILE_TYPES = {
     "F32": 0,
     "F16": 1,
@@ -17,12 +17,20 @@ _FILE_TYPES = {
     "Q5_0": 8,
     "Q5_1": 9,
     "Q3_K": 11,
+    "Q3_K_S": 11,
+    "Q3_K_M": 12,
+    "Q3_K_L": 13,
     "Q4_K": 14,
+    "Q4_K_S": 14,
+    "Q4_K_M": 15,
     "Q5_K": 16,
+    "Q5_K_S": 16,
+    "Q5_K_M": 17,
     "Q6_K": 18,
     "IQ2_XXS": 19,
     "IQ2_XS": 20,
-    "Q2_K": 21,
+    "Q2_K": 10,
+    "Q2_K_S": 21,
     "IQ3_XXS": 23,
     "IQ1_S": 24,
     "IQ4_NL": 25,
@@ -46,20 +54,25 @@ def ggml_type(name: str) -> GGMLType:
     Raises:
         UnsupportedError: A model file cannot hold such a type.
     """
-    if name not in _FILE_TYPES:
+    if name not in _FILE_TYPES or name not in _BY_NAME:
+        known = ", ".join(known for known in _FILE_TYPES if known in _BY_NAME)
         raise UnsupportedError(
-            f"no ggml type for weights is called {name!r}", fix=f"known: {', '.join(_FILE_TYPES)}"
+            f"no ggml type for weights is called {name!r}", fix=f"known: {known}"
         )
     return _BY_NAME[name]
 
 
 def file_type(name: str) -> int:
-    """``general.file_type`` of a file made mostly of this type.
+    """``general.file_type`` of a file made mostly of this type, or of a mix.
 
     Raises:
         UnsupportedError: A model file cannot hold such a type.
     """
-    return _FILE_TYPES[ggml_type(name).name]
+    if name not in _FILE_TYPES:
+        raise UnsupportedError(
+            f"no type or mix of files is called {name!r}", fix=f"known: {', '.join(_FILE_TYPES)}"
+        )
+    return _FILE_TYPES[name]
 
 
 def row_bytes(type_name: str, width: int) -> int:

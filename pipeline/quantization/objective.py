@@ -47,6 +47,7 @@ class LayerObjective:
         damping: What was added to the diagonal.
         dead_inputs: Inputs that were zero on every calibration token.
         damping_raised: Steps of `DAMPING_LADDER` that were needed beyond the first.
+        shrinkage: Ridge penalty on the targets, see `target`.
     """
 
     hessian: Tensor
@@ -56,6 +57,7 @@ class LayerObjective:
     damping_raised: int
     _lower: Tensor = field(repr=False)
     residual: Tensor | None = None
+    shrinkage: float = 0.0
 
     @classmethod
     def from_moments(
@@ -65,6 +67,7 @@ class LayerObjective:
         residual: Tensor | None = None,
         *,
         damping: float = 0.01,
+        shrinkage: float = 0.0,
     ) -> LayerObjective:
         """Damp the accumulated sums until H is positive definite.
 
@@ -73,6 +76,7 @@ class LayerObjective:
             cross: Sum of ``x_q x'`` over tokens, [in, in], or None.
             residual: Sum of ``x_q (r - r_q)'`` over tokens, [in, out], or None.
             damping: Fraction of the mean diagonal that is added to the diagonal.
+            shrinkage: Ridge penalty on the targets, in units of what damping added.
 
         Raises:
             InputError: The sums are not finite, or stay indefinite on the whole damping ladder.
@@ -98,7 +102,7 @@ class LayerObjective:
                 G = None if cross is None else cross.double() + added * identity
                 dead = int((diagonal <= 0).sum())
                 C = None if residual is None else residual.double()
-                return cls(damped, G, added, dead, raised, lower, C)
+                return cls(damped, G, added, dead, raised, lower, C, shrinkage * added)
         raise InputError(
             "the calibration matrix H is not positive definite",
             why=f"it stays indefinite with {DAMPING_LADDER[-1]:g} times the damping of {damping:g}",
@@ -119,6 +123,10 @@ class LayerObjective:
         shrink the correction (CoreQ, arXiv 2602.05902). With beta 1 as well it is the optimum of
         the residual stream after the linear.
 
+        A ridge penalty p subtracts ``p W H^-1``: with p equal to the damping and alpha 1 the target
+        is ``G0 W (H0 + p I)^-1`` of the undamped sums, the ridge regression of the float outputs on
+        the quantized inputs. It makes weights smaller, not closer to the float ones.
+
         Args:
             weight: Float weights, [out, in].
             alpha: Share of the correction for differing inputs, 0 to 1, or one a row, [out, 1].
@@ -130,6 +138,8 @@ class LayerObjective:
             shift += alpha * (W @ (self.cross - self.hessian).T)
         if self.residual is not None and beta:
             shift += beta * self.residual.T
+        if self.shrinkage:
+            shift -= self.shrinkage * W
         if not shift.any():
             return W
         return W + torch.cholesky_solve(shift.T, self._lower).T

@@ -61,7 +61,7 @@ def export(path: Path, model: QuantizedModel, recipe: Recipe) -> dict[str, Any]:
         config=source.checkpoint.config,
         vocabulary=source.vocabulary,
         tensors=_entries(source, rows, source.plan.types),
-        file_type=source.main_type,
+        file_type=source.file_type,
         provenance={"piso.generator": f"piso-deploy {__version__}", "piso.method": method},
         name=source.name,
     )

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,40 +14,17 @@ from pipeline.architectures.base import EMBEDDING, HEAD
 from pipeline.calibration.text import STDLIB
 from pipeline.checkpoint import Checkpoint, hf_config, load_tokenizer, open_checkpoint
 from pipeline.demo import MODEL as DEMO
-from pipeline.errors import UnsupportedError
-from pipeline.quantization.formats import get_format
+from pipeline.mixes import ALIASES, base_type
 from pipeline.recipe import Recipe
-from pipeline.stages.stored import FLOAT_TYPES
+from pipeline.stages.plan import TypePlan, plan_types
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
-
-REPLACEMENTS = {
-    **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
-    "IQ4_XS": "IQ4_NL",
-    "Q4_K": "Q5_0",
-    "Q5_K": "Q5_1",
-    "Q6_K": "Q8_0",
-}
-"""What llama-quantize takes where a width does not divide into a type's blocks; F16 otherwise."""
 
 DEMO_NAME = "demo-llama-4m"
 
 DEFAULT_TEXT = "wikitext2"
 """Calibration text of models other than the demo."""
-
-
-@dataclass(frozen=True)
-class TypePlan:
-    """The type that each weight matrix is stored in.
-
-    Attributes:
-        types: ggml type by Hugging Face name; tensors that are not named stay F32.
-        replaced: Matrices whose type was replaced, as ``name: wanted -> taken (width)``.
-    """
-
-    types: dict[str, str]
-    replaced: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -63,6 +38,8 @@ class Source:
         vocabulary: The tokenizer in llama.cpp's terms.
         plan: The type of each matrix.
         calibration: Name of the calibration text.
+        file_type: What the file announces itself as: the mix or type asked for, or the type that
+            holds most weights if that was replaced.
     """
 
     checkpoint: Checkpoint
@@ -71,6 +48,7 @@ class Source:
     vocabulary: Vocabulary
     plan: TypePlan
     calibration: str
+    file_type: str
 
     @property
     def head(self) -> str:
@@ -106,15 +84,6 @@ class Source:
             shapes.setdefault(HEAD, shapes[EMBEDDING])
         return shapes
 
-    @property
-    def main_type(self) -> str:
-        """The type that holds most decoder weights: the recipe's, unless it was replaced."""
-        held: Counter[str] = Counter()
-        for name, kind in self.plan.types.items():
-            if name not in (EMBEDDING, HEAD):
-                held[kind] += prod(self.shapes[name])
-        return held.most_common(1)[0][0]
-
     def read(self, name: str) -> torch.Tensor:
         """A float weight, float32; a tied head reads the embedding."""
         if name == HEAD and self.checkpoint.tied:
@@ -137,53 +106,22 @@ def open_source(recipe: Recipe, *, allow_pickle: bool) -> Source:
     tokenizer = load_tokenizer(checkpoint)
     vocabulary = read_vocabulary(tokenizer, checkpoint.config)
     default_text = STDLIB if recipe.model is None else DEFAULT_TEXT
+    plan = plan_types(checkpoint, recipe)
     source = Source(
         checkpoint=checkpoint,
         config=hf_config(checkpoint),
         tokenizer=tokenizer,
         vocabulary=vocabulary,
-        plan=plan_types(checkpoint, recipe),
+        plan=plan,
         calibration=recipe.calibration.source or default_text,
+        file_type=_file_type(plan.most(checkpoint.shapes), recipe),
     )
     names = [gguf_name(name) for name in source.shapes]
     check_writable(checkpoint.config, vocabulary, names, source.name)
     return source
 
 
-def plan_types(checkpoint: Checkpoint, recipe: Recipe) -> TypePlan:
-    """Type of every matrix, replaced where a width does not divide.
-
-    Raises:
-        UnsupportedError: A type would have to be replaced and the recipe does not allow it.
-    """
-    wanted = {EMBEDDING: recipe.token_embedding_type}
-    if recipe.output_tensor_type is not None and (
-        not checkpoint.tied or recipe.output_tensor_type != recipe.token_embedding_type
-    ):
-        wanted[HEAD] = recipe.output_tensor_type
-    elif not checkpoint.tied:
-        wanted[HEAD] = recipe.token_embedding_type
-    config = checkpoint.config
-    for index in range(checkpoint.architecture.dimensions(config).layers):
-        prefix = checkpoint.architecture.block_prefix(index)
-        for linear in checkpoint.architecture.linears:
-            wanted[f"{prefix}{linear}.weight"] = recipe.type
-    types, replaced = {}, []
-    for name, kind in wanted.items():
-        width = checkpoint.shape(EMBEDDING if name == HEAD else name)[1]
-        types[name] = _fitting(kind, width)
-        if types[name] != kind:
-            replaced.append(f"{name}: {kind} -> {types[name]} (width {width})")
-    if replaced and not recipe.allow_fallback:
-        raise UnsupportedError(
-            f"{len(replaced)} matrices cannot be stored in the type that was asked for",
-            why=f"their widths do not divide into its blocks; first: {replaced[0]}",
-            fix="choose a type with smaller blocks, or add --allow-fallback to accept this",
-        )
-    return TypePlan(types, tuple(replaced))
-
-
-def _fitting(kind: str, width: int) -> str:
-    while kind not in FLOAT_TYPES and not get_format(kind).fits(width):
-        kind = REPLACEMENTS.get(kind, "F16")
-    return kind
+def _file_type(most: str, recipe: Recipe) -> str:
+    if most != base_type(recipe.type):
+        return most
+    return most if recipe.pure else ALIASES.get(recipe.type, recipe.type)

@@ -143,6 +143,7 @@ def walk_settings(recipe: Recipe) -> WalkSettings:
     return WalkSettings(
         options=layer_options(recipe),
         damping=recipe.quantization.damping,
+        shrinkage=recipe.quantization.shrinkage,
         held_out=recipe.calibration.held_out,
         batch=recipe.calibration.batch,
         device=recipe.device,

@@ -33,6 +33,7 @@ class WalkSettings:
     Attributes:
         options: How layers are quantized.
         damping: Fraction of H's mean diagonal that is added to it.
+        shrinkage: Ridge penalty on targets, in units of what damping adds.
         held_out: Share of the calibration windows that judges refinements.
         batch: Windows per forward pass.
         device: ``auto`` (a GPU if there is one), ``cpu`` or ``cuda``.
@@ -43,6 +44,7 @@ class WalkSettings:
 
     options: LayerOptions = field(default_factory=LayerOptions)
     damping: float = 0.01
+    shrinkage: float = 0.0
     held_out: float = 0.0
     batch: int = 8
     device: str = "cpu"
@@ -149,7 +151,11 @@ class Walk:
     ) -> SolvedSite:
         solving, apart = moments.solving, moments.held_out
         objective = LayerObjective.from_moments(
-            solving.hessian, solving.cross, solving.residual, damping=self._settings.damping
+            solving.hessian,
+            solving.cross,
+            solving.residual,
+            damping=self._settings.damping,
+            shrinkage=self._settings.shrinkage,
         )
         judge = None if apart is None else HeldOut(apart.hessian, apart.cross, apart.residual)
         prefix = self._source.checkpoint.architecture.block_prefix(index)

@@ -27,8 +27,9 @@ from pipeline.quantization.layer import LayerOptions, quantize_layer
 from pipeline.quantization.objective import LayerObjective
 from pipeline.recipe_files import load_recipe
 from pipeline.stages.calibrate import Texts, prepare_texts
-from pipeline.stages.load import Source, TypePlan, open_source
+from pipeline.stages.load import Source, open_source
 from pipeline.stages.mismatch_share import solve_with_estimate
+from pipeline.stages.plan import TypePlan
 from pipeline.stages.walk import Walk, WalkSettings, choose_device, store_free
 from runtimes.torch_reference import TorchReference
 from tests.benchmarks.variants import FORMATS, Variant, variants

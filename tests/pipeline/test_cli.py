@@ -45,6 +45,10 @@ class StubRun(types.ModuleType):
     def deploy(self, recipe: Any, **arguments: Any) -> Report:
         return self._called(recipe=recipe.recipe, **arguments)
 
+    def plan(self, recipe: Any, **arguments: Any) -> dict[str, tuple[str, int]]:
+        self.calls.append(arguments | {"recipe": recipe.recipe})
+        return {"output.weight": ("Q6_K", 1234567)}
+
     def verify(self, folder: Path, **arguments: Any) -> Report:
         return self._called(folder=folder, **arguments)
 
@@ -148,6 +152,7 @@ def test_every_option_reaches_the_run(run: StubRun, invoke: Invoke, tmp_path: Pa
         "--output", tmp_path / "out", "--calibration", "c.txt", "--evaluation", "e.txt",
         "--samples", "3", "--seqlen", "32", "--preset", "best", "--set", "quantization.damping=0.5",
         "--set", "gates.twin=1e-3", "--token-embedding-type", "Q6_K", "--output-tensor-type", "F16",
+        "--pure", "--tensor-type", "ffn_down=q6_k", "--tensor-type", "attn=Q8_0",
         "--seed", "9", "--allow-fallback", "--allow-pickle", "--overwrite", "--fresh",
         "--runtime", "require", "--run-dir", tmp_path / "run", "--progress", "quiet",
     )  # fmt: skip
@@ -156,6 +161,7 @@ def test_every_option_reaches_the_run(run: StubRun, invoke: Invoke, tmp_path: Pa
     expected = {
         "model": "my/model", "revision": "v1", "type": "Q2_0", "token_embedding_type": "Q6_K",
         "output_tensor_type": "F16", "allow_fallback": True, "seed": 9,
+        "pure": True, "tensor_types": ("ffn_down=Q6_K", "attn=Q8_0"),
         "calibration.source": "c.txt", "calibration.samples": 3, "calibration.seqlen": 32,
         "calibration.mismatch": 1.0, "evaluation.source": "e.txt", "quantization.damping": 0.5,
         "gates.twin": 1e-3, "runtime.llamacpp": "require",
@@ -165,6 +171,19 @@ def test_every_option_reaches_the_run(run: StubRun, invoke: Invoke, tmp_path: Pa
     assert (call["output"], call["run_dir"]) == (tmp_path / "out", tmp_path / "run")
     assert call["overwrite"] is call["fresh"] is call["allow_pickle"] is True
     assert call["command"].startswith(PROGRAM)
+
+
+def test_a_dry_run_prints_types_and_bytes_and_writes_nothing(
+    invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = invoke("deploy", "--type", "Q4_K_M", "--dry-run", "--progress", "quiet")
+    assert code == 0, err
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if ".weight" in line}
+    assert rows["token_embd.weight"][0] == "Q6_K"
+    assert rows["blk.3.ffn_down.weight"] == ["Q6_K", f"{256 * 768 // 256 * 210:,}"]
+    assert rows["blk.0.attn_norm.weight"] == ["F32", "1,024"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_defaults_of_a_bare_deploy(run: StubRun, invoke: Invoke) -> None:

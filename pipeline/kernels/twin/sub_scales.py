@@ -5,6 +5,8 @@ The contract is in `pipeline.kernels.sub_scales`.
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -35,15 +37,13 @@ def fit_sub_scales(
 ) -> _State:
     """See `pipeline.kernels.fit_sub_scales`."""
     problem = _Problem(metric, linear, d, dmin, levels, scale_range, offset_range)
-    best = None
-    offsets = range(-reach, reach + 1) if offset_range[1] > offset_range[0] else (0,)
+    sideways = reach if offset_range[1] > offset_range[0] else 0
+    tries = []
     for ds in range(-reach, reach + 1):
-        for dm in offsets:
+        for dm in range(-sideways, sideways + 1):
             s, m = (sc + ds).clamp(*scale_range), (mn + dm).clamp(*offset_range)
-            tried = problem.evaluate(s, m, problem.rounded(weights, s, m))
-            best = tried if best is None else _lower(best, tried)
-    assert best is not None  # noqa: S101
-    best = problem.polish(best, sweeps)
+            tries.append(problem.evaluate(s, m, problem.rounded(weights, s, m)))
+    best = problem.polish(reduce(_lower, tries), sweeps)
     if given:
         best = _lower(problem.polish(problem.evaluate(sc, mn, indices), sweeps), best)
     return best
@@ -78,13 +78,16 @@ class _Problem:
         return nearest_index(torch.where(scale == 0, 0.0, ratio), self.levels)
 
     def values(self, sc: Tensor, mn: Tensor, indices: Tensor) -> Tensor:
+        """v, [rows, group]."""
         return (self.d * sc)[:, None] * self.levels[indices] - (self.dmin * mn)[:, None]
 
     def evaluate(self, sc: Tensor, mn: Tensor, indices: Tensor) -> _State:
+        """The state with its objective."""
         v = self.values(sc, mn, indices)
         return sc, mn, indices, ((v @ self.metric - 2 * self.linear) * v).sum(1)
 
     def polish(self, state: _State, sweeps: int) -> _State:
+        """Alternate codes and pair until neither helps."""
         for _ in range(sweeps):
             before = state[3]
             state = _lower(state, self.evaluate(*self.descended(*state[:3])))

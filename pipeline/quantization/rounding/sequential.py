@@ -71,16 +71,9 @@ def solve_sequential(
         reached = errors if P is None else torch.empty_like(errors)
         for start in range(outer, gathered.stop, block):
             part, here = (slice(a, a + block) for a in (start, start - outer))
-            scales = rule(_problem(work[:, part], hessian, factor, part, metric), fmt)
-            if scales.revisable and P is None:
-                scales, indices[:, part], errors[:, here] = _round_revising(
-                    work[:, part], hessian, factor, part, scales, fmt, metric
-                )
-            else:
-                own = None if P is None else P[part, part]
-                indices[:, part], errors[:, here] = round_block(
-                    work[:, part], inverse_root[part, part], scales, levels, group, own
-                )
+            scales, indices[:, part], errors[:, here] = _enter_block(
+                work[:, part], hessian, factor, part, fmt, rule, metric, P
+            )
             chosen.append(scales)
             if P is not None:
                 values = values_of(indices[:, part], scales, levels, group)
@@ -89,6 +82,25 @@ def solve_sequential(
             _spread(work, part, later, errors[:, here], inverse_root, reached[:, here], P)
         _spread(work, gathered, slice(gathered.stop, width), errors, inverse_root, reached, P)
     return assemble(indices, chosen, order, fmt)
+
+
+def _enter_block(
+    weights: Tensor,
+    hessian: Tensor,
+    factor: Factor,
+    part: slice,
+    fmt: Format,
+    rule: ScaleRule,
+    metric: Metric,
+    drift: Tensor | None,
+) -> tuple[BlockScales, Tensor, Tensor]:
+    """Scales, level indices and errors of one block, from its compensated weights."""
+    scales = rule(_problem(weights, hessian, factor, part, metric), fmt)
+    if scales.revisable and drift is None:
+        return _round_revising(weights, hessian, factor, part, scales, fmt, metric)
+    root, levels = factor.inverse_root[part, part].float(), fmt.grid.float().to(weights.device)
+    own = None if drift is None else drift[part, part]
+    return scales, *round_block(weights, root, scales, levels, fmt.group_of(len(root)), own)
 
 
 def _round_revising(

@@ -4,6 +4,7 @@ import pytest
 
 from exporters.gguf.types import file_type, ggml_type, row_bytes
 from pipeline.errors import UnsupportedError
+from pipeline.mixes import BASES
 
 # fmt: off
 NAMES = (
@@ -30,12 +31,20 @@ def test_sizes_are_those_of_the_library(name: str) -> None:
 def test_file_types_are_those_of_the_library(name: str) -> None:
     lc = pytest.importorskip("llama_cpp")
     constants = [f"LLAMA_FTYPE_MOSTLY_{name}{suffix}" for suffix in ("_S", "_MOE", "")]
-    if name == "F32":
-        constants = ["LLAMA_FTYPE_ALL_F32"]
+    if name in ("F32", "Q2_K"):  # Q2_K_S is another mix than Q2_K
+        constants = [f"LLAMA_FTYPE_{'ALL' if name == 'F32' else 'MOSTLY'}_{name}"]
     if name in ("IQ2_S", "IQ3_S", "Q3_K", "Q4_K", "Q5_K", "IQ1_S"):
         constants = [f"LLAMA_FTYPE_MOSTLY_{name}", f"LLAMA_FTYPE_MOSTLY_{name}_S"]
     found = [getattr(lc, constant) for constant in constants if hasattr(lc, constant)]
     assert found[0] == file_type(name)
+
+
+@pytest.mark.parametrize("name", sorted(BASES))
+def test_file_types_of_mixes_are_those_of_the_library(name: str) -> None:
+    lc = pytest.importorskip("llama_cpp")
+    constants = [f"LLAMA_FTYPE_MOSTLY_{name}{suffix}" for suffix in ("", "_MOE")]
+    found = [getattr(lc, constant) for constant in constants if hasattr(lc, constant)]
+    assert found == [file_type(name)]
 
 
 def test_row_bytes() -> None:

@@ -41,6 +41,19 @@ def test_equal_streams_leave_the_weights_alone_whatever_the_damping() -> None:
     torch.testing.assert_close(objective.target(W, 1.0), W, rtol=1e-10, atol=1e-10)
 
 
+def test_shrinkage_is_ridge_regression() -> None:
+    """Least squares with rows of the square root of the penalty that ask for zeros."""
+    X, Xq, W = streams()
+    objective = LayerObjective.from_moments(Xq.T @ Xq, Xq.T @ X, damping=0.1, shrinkage=1.0)
+    penalty = 0.1 * (Xq.T @ Xq).diagonal().mean()
+    extra = penalty.sqrt() * torch.eye(X.shape[1], dtype=X.dtype)
+    asked = torch.cat([X @ W.T, torch.zeros(X.shape[1], len(W), dtype=X.dtype)])
+    expected = torch.linalg.lstsq(torch.cat([Xq, extra]), asked).solution.T
+    torch.testing.assert_close(objective.target(W, 1.0), expected, rtol=1e-6, atol=1e-8)
+    symmetric = LayerObjective.from_moments(Xq.T @ Xq, damping=0.1, shrinkage=1.0)
+    assert (symmetric.target(W).norm(dim=1) < W.norm(dim=1)).all()
+
+
 def test_the_loss_is_the_output_error_up_to_a_constant() -> None:
     X, Xq, W = streams()
     objective = LayerObjective.from_moments(Xq.T @ Xq, Xq.T @ X, damping=0)

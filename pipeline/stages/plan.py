@@ -1,0 +1,135 @@
+"""The type that each weight matrix is stored in."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+
+from exporters.gguf import gguf_name, row_bytes
+from pipeline.architectures.base import EMBEDDING, HEAD
+from pipeline.checkpoint import Checkpoint
+from pipeline.errors import UnsupportedError, UsageError
+from pipeline.mixes import Matrix, base_type, embedding_type, head_type, mix_type
+from pipeline.quantization.formats import get_format
+from pipeline.recipe import Recipe, split_tensor_type
+from pipeline.stages.stored import FLOAT_TYPES
+
+REPLACEMENTS = {
+    **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
+    "IQ4_XS": "IQ4_NL",
+    "Q4_K": "Q5_0",
+    "Q5_K": "Q5_1",
+    "Q6_K": "Q8_0",
+}
+"""What llama-quantize takes where a width does not divide into a type's blocks; F16 otherwise."""
+
+
+@dataclass(frozen=True)
+class TypePlan:
+    """The type that each weight matrix is stored in.
+
+    Attributes:
+        types: ggml type by Hugging Face name; tensors that are not named stay F32.
+        replaced: Matrices whose type was replaced, as ``name: wanted -> taken (width)``.
+    """
+
+    types: dict[str, str]
+    replaced: tuple[str, ...]
+
+    def size_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Bytes of all tensors' data, without metadata and padding."""
+        return sum(
+            prod(shape[:-1]) * row_bytes(self.types.get(name, "F32"), shape[-1])
+            for name, shape in shapes.items()
+        )
+
+    def most(self, shapes: Mapping[str, tuple[int, ...]]) -> str:
+        """The type that holds most decoder weights."""
+        held: Counter[str] = Counter()
+        for name, kind in self.types.items():
+            if name not in (EMBEDDING, HEAD):
+                held[kind] += prod(shapes[name])
+        return held.most_common(1)[0][0]
+
+
+def plan_types(checkpoint: Checkpoint, recipe: Recipe) -> TypePlan:
+    """Type of every matrix, replaced where a width does not divide.
+
+    Raises:
+        UnsupportedError: A type would have to be replaced and the recipe does not allow it.
+        UsageError: A pattern of the recipe's tensor types fits no tensor.
+    """
+    wanted = {**_tables(checkpoint, recipe), **_linears(checkpoint, recipe)}
+    _override(wanted, recipe)
+    types, replaced = {}, []
+    for name, kind in wanted.items():
+        width = checkpoint.shape(EMBEDDING if name == HEAD else name)[1]
+        types[name] = _fitting(kind, width)
+        if types[name] != kind:
+            replaced.append(f"{name}: {kind} -> {types[name]} (width {width})")
+    if replaced and not recipe.allow_fallback:
+        raise UnsupportedError(
+            f"{len(replaced)} matrices cannot be stored in the type that was asked for",
+            why=f"their widths do not divide into its blocks; first: {replaced[0]}",
+            fix="choose a type with smaller blocks, or add --allow-fallback to accept this",
+        )
+    return TypePlan(types, tuple(replaced))
+
+
+def _tables(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
+    """Embedding and head: as asked for, else by the mix's rules."""
+    embedding, head = recipe.token_embedding_type, recipe.output_tensor_type
+    base = base_type(recipe.type)
+    width = checkpoint.shape(EMBEDDING)[1]
+    of_head = base if recipe.pure else head_type(recipe.type, width)
+    if not checkpoint.tied:
+        of_embedding = base if recipe.pure else embedding_type(recipe.type)
+        return {EMBEDDING: embedding or of_embedding, HEAD: head or of_head}
+    shared = {EMBEDDING: embedding or head or of_head}
+    return shared | ({HEAD: head} if head is not None and head != shared[EMBEDDING] else {})
+
+
+def _linears(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
+    dimensions = checkpoint.architecture.dimensions(checkpoint.config)
+    wanted = {}
+    for index in range(dimensions.layers):
+        prefix = checkpoint.architecture.block_prefix(index)
+        for linear in checkpoint.architecture.linears:
+            name = f"{prefix}{linear}.weight"
+            matrix = Matrix(
+                gguf_name(name).split(".")[2],
+                index,
+                dimensions.layers,
+                dimensions.heads / dimensions.kv_heads,
+            )
+            base = base_type(recipe.type)
+            wanted[name] = base if recipe.pure else mix_type(recipe.type, matrix)
+    return wanted
+
+
+def _override(wanted: dict[str, str], recipe: Recipe) -> None:
+    """Types by pattern of the GGUF name; the first that fits decides."""
+    rules = [split_tensor_type(text) for text in recipe.tensor_types]
+    used = set()
+    for name in wanted:
+        for pattern, kind in rules:
+            if re.search(pattern, gguf_name(name)):
+                wanted[name] = kind
+                used.add(pattern)
+                break
+    idle = [pattern for pattern, _ in rules if pattern not in used]
+    if idle:
+        raise UsageError(
+            f"--tensor-type {idle[0]} decides the type of no tensor",
+            why="patterns are searched in GGUF names such as blk.0.ffn_down.weight, in order",
+            fix="`python -m pipeline deploy ... --dry-run` prints all names and types",
+        )
+
+
+def _fitting(kind: str, width: int) -> str:
+    while kind not in FLOAT_TYPES and not get_format(kind).fits(width):
+        kind = REPLACEMENTS.get(kind, "F16")
+    return kind

@@ -16,6 +16,7 @@ from pipeline.cli_options import (
     AllowPickle,
     Debug,
     DryRun,
+    Evaluation,
     Fresh,
     OriginalModel,
     Output,
@@ -116,6 +117,31 @@ def inspect(
         from pipeline.tables import print_description
 
         print_description(describe(file), _console())
+
+
+@app.command(cls=TaughtCommand)
+def compare(
+    files: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE...", help="GGUF files; the first is the reference."),
+    ],
+    *,
+    evaluation: Evaluation = None,
+    context: Annotated[int, typer.Option("--context", metavar="N", help="Tokens a chunk.")] = 512,
+    chunks: Annotated[int, typer.Option("--chunks", metavar="N", help="Most chunks.")] = 40,
+    progress: ProgressMode = "auto",
+    debug: Debug = False,
+) -> None:
+    """Compare GGUF files of one model in stock llama.cpp."""
+    with session(progress, debug=debug) as reporter:
+        from pipeline.stages.compare import compare as compare_files
+        from pipeline.tables import print_compared
+
+        reporter.stage("compare", 1, 1)
+        found = compare_files(
+            files, evaluation=evaluation, context=context, chunks=chunks, progress=reporter
+        )
+        print_compared(found, _console())
 
 
 @app.command(cls=TaughtCommand)

@@ -41,6 +41,10 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("inspect out/model.gguf", "metadata, tensors, bits per weight"),
         ("inspect my-model/model.safetensors", "a checkpoint's shard"),
     ),
+    "compare": (
+        ("compare f32.gguf ours.gguf theirs.gguf", "all against the first, paired"),
+        ("compare a.gguf b.gguf --evaluation my.txt --chunks 20", "on your text"),
+    ),
     "ls": (
         ("ls types", "weight types and their size"),
         ("ls presets", "what fast, balanced and best mean"),

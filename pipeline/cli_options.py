@@ -62,6 +62,10 @@ AllowFallback = Annotated[
     bool,
     _switch("--allow-fallback", "Replace types where a width does not divide.", _TYPES),
 ]
+Emit = Annotated[
+    list[str] | None,
+    _option("--emit", "WHAT", "Also write imatrix or kld-base; repeatable.", _TYPES),
+]
 Calibration = Annotated[str | None, _option("--calibration", "TEXT", _TEXT_HELP, _TEXT)]
 Evaluation = Annotated[str | None, _option("--evaluation", "TEXT", _TEXT_HELP, _TEXT)]
 Samples = Annotated[int | None, _option("--samples", "N", "Windows to calibrate on.", _TEXT)]
@@ -122,6 +126,7 @@ def recipe_options(
     token_embedding_type: EmbeddingType = None,
     output_tensor_type: OutputType = None,
     allow_fallback: AllowFallback = False,
+    emit: Emit = None,
     calibration: Calibration = None,
     evaluation: Evaluation = None,
     samples: Samples = None,
@@ -140,6 +145,7 @@ def recipe_options(
         "token_embedding_type": token_embedding_type,
         "output_tensor_type": output_tensor_type,
         "allow_fallback": allow_fallback or None,
+        "emit": tuple(emit) if emit else None,
         "seed": seed,
         "calibration.source": calibration,
         "calibration.samples": samples,

@@ -22,6 +22,7 @@ from pipeline.recipe_files import ResolvedRecipe, load_recipe
 from pipeline.report import Gate, Report
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.calibrate import Texts, prepare_texts
+from pipeline.stages.emit import emit
 from pipeline.stages.export import export
 from pipeline.stages.file_gates import check_tokenizer
 from pipeline.stages.load import Source, open_source
@@ -182,6 +183,7 @@ def _finish(
     _stage(progress, "export")
     path = staging / f"{source.name}-{source.file_type}.gguf"
     promised = export(path, model, recipe)
+    emit(staging, model, recipe, texts)
     _stage(progress, "verify")
     ladder = climb(path, promised, recipe, source, texts, staging, progress)
     counts = {**model.counts(), **texts.counts}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -15,6 +15,7 @@ from pipeline.report import Report
 
 if TYPE_CHECKING:
     from exporters.inspect import Description
+    from pipeline.stages.compare import Compared
 
 _PROSE = {"claim", "runtime", "limit", "protocol", "value", "name", "what", "what it is", "file"}
 """Columns that may be folded where the terminal is narrow; figures stay whole."""
@@ -55,6 +56,38 @@ def print_plan(plan: Mapping[str, tuple[str, int]], console: Console) -> None:
     total = sum(size for _, size in plan.values())
     console.print(table("Tensors", ("name", "type", "bytes"), rows))
     console.print(Text(f"{len(plan)} tensors, {total:,} bytes without metadata"))
+
+
+def print_compared(compared: Sequence[Compared], console: Console) -> None:
+    """The table of ``compare``; ratios and divergences are against the first file."""
+    rows = []
+    for one in compared:
+        found = one.comparison
+        rows.append(
+            (
+                one.path.name,
+                figures.size(one.size_bytes),
+                f"{one.bits_per_weight:.3f}",
+                figures.with_error(found.candidate.ppl, found.candidate.stderr),
+                figures.signed_with_error(found.delta_nll, found.delta_stderr),
+                figures.kl(found.kld_mean),
+                figures.kl(found.kld_p999),
+                figures.share(found.top1_agreement),
+                "-" if one.tokens_per_second is None else f"{one.tokens_per_second:.0f}",
+            )
+        )
+    columns = (
+        "file",
+        "size",
+        "bits",
+        "perplexity",
+        "ln ratio",
+        "KLD",
+        "99.9 %",
+        "top-1",
+        "tokens/s",
+    )
+    console.print(table(f"Against {compared[0].path.name}", columns, rows))
 
 
 def _report_tables(report: Report) -> Iterator[Group]:

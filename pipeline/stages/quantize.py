@@ -20,6 +20,9 @@ from pipeline.stages.walk import Walk, WalkSettings, store_free
 
 TABLES = "tables"
 
+IMPORTANCE = ":importance"
+"""Suffix of what a part holds beside each matrix: the mean squares of its inputs."""
+
 
 @dataclass
 class QuantizedModel:
@@ -53,6 +56,16 @@ class QuantizedModel:
         if name in self.source.plan.types:
             return self.stored(name).dequantize()
         return self.source.read(name)
+
+    def importance(self) -> dict[str, Tensor]:
+        """Mean square of the inputs of every decoder matrix, float32 [in], by name."""
+        found: dict[str, Tensor] = {}
+        for part in dict.fromkeys(map(part_of, self.source.plan.types)):
+            loaded = self.run.load(part)
+            for name, value in (loaded or ({}, {}))[0].items():
+                if name.endswith(IMPORTANCE):
+                    found[name.removesuffix(IMPORTANCE)] = value
+        return found
 
     def counts(self) -> dict[str, int]:
         """How often something was done differently from what was asked."""
@@ -108,11 +121,13 @@ def quantize(
             continue
         stored: dict[str, StoredTensor] = {}
         records = []
+        beside: dict[str, Tensor] = {}
         for solved in walk.solve(index):
             stored |= solved.stored
+            beside |= {f"{name}{IMPORTANCE}": solved.importance for name in solved.stored}
             records.append(solved.record)
             progress.figure(solved.record["site"], solved.record["loss"])
-        _keep(run, part, stored, records)
+        _keep(run, part, stored, records, beside)
         sites += records
     return QuantizedModel(source, run, sites)
 
@@ -124,14 +139,18 @@ def _tables(source: Source, run: RunDirectory) -> dict[str, StoredTensor]:
         return restore_part(loaded)
     types = source.plan.types
     tables = {n: store_free(types[n], source.read(n)) for n in (EMBEDDING, HEAD) if n in types}
-    _keep(run, TABLES, tables, [])
+    _keep(run, TABLES, tables, [], {})
     return tables
 
 
 def _keep(
-    run: RunDirectory, part: str, stored: dict[str, StoredTensor], sites: list[dict[str, Any]]
+    run: RunDirectory,
+    part: str,
+    stored: dict[str, StoredTensor],
+    sites: list[dict[str, Any]],
+    beside: dict[str, Tensor],
 ) -> None:
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = dict(beside)
     for name, tensor in stored.items():
         tensors |= tensor.flatten(name)
     types = {name: tensor.type for name, tensor in stored.items()}

@@ -13,6 +13,7 @@ from pipeline.errors import InputError
 from pipeline.json_text import json_text
 from pipeline.recipe_files import ResolvedRecipe, to_toml
 from pipeline.report import OutputFile, Report
+from pipeline.stages.emit import IMATRIX
 from pipeline.storage import OUTPUT_MARKER as MANIFEST
 
 RECIPE = "recipe.toml"
@@ -41,7 +42,7 @@ def deliver(
     Returns:
         The report with the files of the folder.
     """
-    model_file = next(staging.glob("*.gguf"))
+    model_file = next(path for path in staging.glob("*.gguf") if path.name != IMATRIX)
     (staging / RECIPE).write_text(to_toml(resolved.recipe), encoding="utf-8")
     listed = replace(report, files=tuple(_entry(p) for p in sorted(staging.iterdir())))
     on_hub = record["input"]["revision"] is not None

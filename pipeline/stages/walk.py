@@ -54,10 +54,17 @@ class WalkSettings:
 
 @dataclass(frozen=True)
 class SolvedSite:
-    """The matrices of one site by Hugging Face name, and what is to be said of them."""
+    """The matrices of one site by Hugging Face name, and what is to be said of them.
+
+    Attributes:
+        stored: The matrices.
+        record: Figures for the manifest.
+        importance: Mean square of each input, float32 [in], as an importance matrix has it.
+    """
 
     stored: dict[str, StoredTensor]
     record: dict[str, Any]
+    importance: Tensor
 
 
 class Walk:
@@ -186,7 +193,8 @@ class Walk:
             results.append(result)
             parts = _split(result.quantized, [len(weights[n]) for n in names])
             stored |= {n: StoredTensor(kind, p) for n, p in zip(names, parts, strict=True)}
-        return SolvedSite(stored, _record(index, site, results, solving.tokens, objective))
+        means = (solving.hessian.diagonal() / solving.tokens).float().cpu()
+        return SolvedSite(stored, _record(index, site, results, solving.tokens, objective), means)
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -17,6 +17,7 @@ from pipeline.report import Report
 ROOT = Path(__file__).parents[1]
 
 SMALL: dict[str, Any] = {
+    "token_embedding_type": "Q8_0",
     "calibration.source": "stdlib",
     "calibration.samples": 16,
     "calibration.seqlen": 128,

@@ -20,8 +20,8 @@ from pipeline.stages.walk import Walk, WalkSettings, store_free
 
 TABLES = "tables"
 
-IMPORTANCE = ":importance"
-"""Suffix of what a part holds beside each matrix: the mean squares of its inputs."""
+IMPORTANCE = "importance:"
+"""Prefix of what a part holds beside each matrix: the mean squares of its inputs."""
 
 
 @dataclass
@@ -63,8 +63,8 @@ class QuantizedModel:
         for part in dict.fromkeys(map(part_of, self.source.plan.types)):
             loaded = self.run.load(part)
             for name, value in (loaded or ({}, {}))[0].items():
-                if name.endswith(IMPORTANCE):
-                    found[name.removesuffix(IMPORTANCE)] = value
+                if name.startswith(IMPORTANCE):
+                    found[name.removeprefix(IMPORTANCE)] = value
         return found
 
     def counts(self) -> dict[str, int]:
@@ -124,7 +124,8 @@ def quantize(
         beside: dict[str, Tensor] = {}
         for solved in walk.solve(index):
             stored |= solved.stored
-            beside |= {f"{name}{IMPORTANCE}": solved.importance for name in solved.stored}
+            for name in solved.stored:  # safetensors refuses tensors that share memory
+                beside[f"{IMPORTANCE}{name}"] = solved.importance.clone()
             records.append(solved.record)
             progress.figure(solved.record["site"], solved.record["loss"])
         _keep(run, part, stored, records, beside)

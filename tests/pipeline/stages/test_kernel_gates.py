@@ -88,7 +88,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Case]:
 
     @cache
     def make(kind: str, model: Path = MODEL, head: str | None = None) -> Case:
-        recipe = Recipe(model=str(model), type=kind, output_tensor_type=head)
+        tables = {"token_embedding_type": "Q8_0", "output_tensor_type": head}
+        recipe = Recipe(model=str(model), type=kind, pure=True, **tables)
         source = open_source(recipe, allow_pickle=False)
         path = folder / f"{model.name}-{kind}-{head}.gguf"
         export(path, RoundToNearest(source), recipe)  # type: ignore[arg-type]

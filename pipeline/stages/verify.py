@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline.architectures.base import EMBEDDING, HEAD
 from pipeline.errors import UnsupportedError
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
@@ -51,9 +52,9 @@ TWIN_WINDOWS = 8
 """Evaluation windows of the twin gate, whose claim is exact and needs no statistics."""
 
 COARSE_ROUNDING = {"lnppl": 2.5, "kld": 5.0}
-"""Multiples of the limits of ``deployed`` where weights are K-quants: their inputs are rounded in
-blocks of 256 and not of 32 (Q8_K), which costs about that much more, in the emulator as in
-llama.cpp."""
+"""Multiples of the limits of ``deployed`` where decoder weights are K-quants: their inputs are
+rounded in blocks of 256 and not of 32 (Q8_K), which costs about that much more, in the emulator as
+in llama.cpp."""
 
 CLAIMS = {
     "twin": "the graph on the file's dequantized weights is PyTorch's",
@@ -113,7 +114,11 @@ def climb(
         few = tokens[:DEFAULT_WINDOWS]
         defaults = evaluate(engines.models, DEFAULT_PAIRS, few, protocol, progress)
     first = next(iter(found.values()))
-    coarse = any(activation_rounding(kind) is round_q8_k for kind in source.plan.types.values())
+    coarse = any(
+        activation_rounding(kind) is round_q8_k
+        for name, kind in source.plan.types.items()
+        if name not in (EMBEDDING, HEAD)
+    )
     gates += _comparison_gates("twin", twins, recipe, stock)
     gates += kernels
     gates += _comparison_gates("deployed", first, recipe, stock, coarse=coarse)

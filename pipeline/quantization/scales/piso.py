@@ -7,7 +7,6 @@ to `scales.hierarchical`.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -53,7 +52,9 @@ def piso(
         metric, linear = diagonal.diag(), diagonal * _centre(problem, hessian)
     allowed, signed = signed, may_mirror(fmt, signed)
     if fmt.sub_scale is not None:
-        return hierarchical(replace(problem, metric=metric, linear=linear), fmt, signed=allowed)
+        if diagonal is not None:  # the solver's factor knows the whole metric, and would revise
+            problem = BlockProblem(weights, metric, linear)
+        return hierarchical(problem, fmt, signed=allowed)
     if fmt.affine:
         return piso_affine(BlockProblem(weights, metric, linear), fmt, signed=signed)
     grid, lattice = fmt.grid.to(weights.device), fmt.scale_lattice

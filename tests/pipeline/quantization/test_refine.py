@@ -18,7 +18,10 @@ from pipeline.quantization.refine import refine
 from tests.pipeline.quantization.problems import GRIDS, correlated, energy
 from tests.pipeline.quantization.test_sequential import layer
 
-FORMATS = ["Q2_0", "Q4_0", "Q4_1", "Q6_K", "INT3_G32", "INT2", "Q2_K", "Q4_K"]
+FORMATS = [
+    *("Q2_0", "Q4_0", "Q4_1", "Q6_K", "INT3_G32", "INT2"),
+    *("Q2_K", "Q4_K", "IQ4_XS", "MXFP4"),
+]
 
 
 def block(seed: int, rows: int, width: int, grid: np.ndarray):
@@ -162,14 +165,13 @@ def test_every_round_lowers_the_loss_and_ends_at_a_fixpoint(name: str) -> None:
     values = done.quantized.dequantize().double()
     residual = (W - values) @ H
     group = start.format.group_of(256)
-    for scale in (done.quantized.group_scales().double().repeat_interleave(group, dim=1),):
-        for step in (scale, -scale):
-            change = step * (step * H.diagonal() - 2 * residual)
-            codes = done.quantized.codes.int() + (1 if step is scale else -1)
-            inside = (codes >= start.format.code_min) & (
-                codes < start.format.code_min + len(start.format.levels)
-            )
-            assert float((change * inside).min()) > -1e-3 * done.losses[-1] / len(W)
+    scale = done.quantized.group_scales().double().repeat_interleave(group, dim=1)
+    index, levels = done.quantized.codes.long() - start.format.code_min, start.format.grid
+    for other in (index + 1, index - 1):
+        reached = other.clamp(0, len(levels) - 1)  # at the ends the step is 0
+        step = scale * (levels[reached] - levels[index])
+        change = step * (step * H.diagonal() - 2 * residual)
+        assert float(change.min()) > -1e-3 * done.losses[-1] / len(W)
 
 
 def test_one_row_at_a_time_or_all_at_once_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,7 @@ def test_without_a_factor_the_proxy_is_the_diagonal_rule() -> None:
     assert not torch.equal(got.scale, piso(problem, fmt).scale)
 
 
-@pytest.mark.parametrize("name", ["Q4_1"])
+@pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "Q2_K"])
 def test_offsets_and_sub_scales_see_the_same_part_of_the_metric(name: str) -> None:
     fmt = get_format(name)
     problem = block_problem(2, fmt.super_group)

@@ -114,14 +114,9 @@ def climb(
         few = tokens[:DEFAULT_WINDOWS]
         defaults = evaluate(engines.models, DEFAULT_PAIRS, few, protocol, progress)
     first = next(iter(found.values()))
-    coarse = any(
-        activation_rounding(kind) is round_q8_k
-        for name, kind in source.plan.types.items()
-        if name not in (EMBEDDING, HEAD)
-    )
     gates += _comparison_gates("twin", twins, recipe, stock)
     gates += kernels
-    gates += _comparison_gates("deployed", first, recipe, stock, coarse=coarse)
+    gates += _comparison_gates("deployed", first, recipe, stock, coarse=_rounds_coarsely(source))
     qualities = tuple(
         _quality(protocol, candidate, comparison)
         for protocol, comparisons in found.items()
@@ -133,6 +128,12 @@ def climb(
     )
     gates.append(_quality_gate(first, recipe))
     return Ladder(tuple(gates), qualities)
+
+
+def _rounds_coarsely(source: Source) -> bool:
+    """Whether a decoder matrix has its inputs rounded in blocks of 256."""
+    kinds = {k for n, k in source.plan.types.items() if n not in (EMBEDDING, HEAD)}
+    return any(activation_rounding(kind) is round_q8_k for kind in kinds)
 
 
 def wants_llamacpp(recipe: Recipe) -> bool:

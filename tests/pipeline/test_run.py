@@ -225,7 +225,8 @@ def test_an_output_that_cannot_be_written(
 
 def test_a_width_that_does_not_divide_is_refused_or_replaced_and_counted(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", "llama", intermediate_size=160, hidden_size=64)
-    options = {**QUICK, "type": "Q2_0", "token_embedding_type": "Q6_K"}
+    tables = {"token_embedding_type": "Q6_K", "output_tensor_type": "Q6_K"}
+    options = {**QUICK, "type": "Q2_0", **tables}
     with pytest.raises(UnsupportedError, match="4 matrices"):
         deploy(model, tmp_path / "out", options)
     assert not (tmp_path / "out").exists()

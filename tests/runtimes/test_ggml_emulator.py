@@ -45,7 +45,9 @@ def quantized(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
         path = folder / type_name
         if not path.exists():
             embedding = "Q6_K" if type_name == "Q6_K" else "Q8_0"
-            llamacpp.quantize(demo_gguf, path, type_name, pure=True, token_embedding_type=embedding)
+            mixes = {f"Q{bits}_K": f"Q{bits}_K_S" for bits in (3, 4, 5)} | {"MXFP4": "MXFP4_MOE"}
+            kind = mixes.get(type_name, type_name)
+            llamacpp.quantize(demo_gguf, path, kind, pure=True, token_embedding_type=embedding)
         return path
 
     return make

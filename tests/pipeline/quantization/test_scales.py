@@ -124,11 +124,13 @@ def test_without_a_factor_the_proxy_is_the_diagonal_rule() -> None:
     assert not torch.equal(got.scale, piso(problem, fmt).scale)
 
 
-@pytest.mark.parametrize("name", ["Q4_1", "Q6_K", "Q2_K"])
+@pytest.mark.parametrize("name", ["Q4_1", "Q6_K"])
 def test_offsets_and_sub_scales_see_the_same_part_of_the_metric(name: str) -> None:
     fmt = get_format(name)
     problem = block_problem(2, fmt.super_group)
     for mode, rule in RULES.items():
+        if mode == "dense" and fmt.sub_scale is not None:
+            continue  # the groups see the factor, not the block of the metric
         metric, centre = reduced(problem, mode)
         explicit = BlockProblem(problem.weights, metric, centre @ metric)
         got, expected = rule(problem, fmt), piso(explicit, fmt)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pipeline.quantization.layer import LayerOptions
 from pipeline.stages.mismatch_share import Estimate
 
-FORMATS = tuple(f"INT{bits}{group}" for bits in (2, 3, 4) for group in ("_G32", "", "_G128"))
+GROUPS = ("_G32", "_G128", "")
+FORMATS = tuple(f"INT{bits}{group}" for bits in (2, 3, 4) for group in GROUPS)
 
 REFINE_ROUNDS = 6
 

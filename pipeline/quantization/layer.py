@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -129,7 +129,8 @@ def quantize_layer(
         )
     share = options.mismatch if mismatch is None else mismatch
     target = objective.target(weight, share, options.stream_correction)
-    quantized = _solve(weight, target, objective, fmt, options)
+    allowed = fmt if options.signed else fmt.positive()
+    quantized = _solve(weight, target, objective, allowed, options)
     refined: tuple[float, ...] = (1.0,)
     kept = 0
     if options.refine_rounds:
@@ -144,6 +145,7 @@ def quantize_layer(
         start = max(done.losses[0], 1e-300)
         quantized, kept = done.quantized, done.kept
         refined = tuple(loss / start for loss in done.losses)
+    quantized = replace(quantized, format=fmt)
     loss = objective.loss(quantized.dequantize(), target)
     energy = ((target @ objective.hessian) * target).sum()
     relative = float(loss.sum() / energy.clamp_min(1e-300))

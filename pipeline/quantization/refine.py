@@ -29,6 +29,10 @@ LAZY_COLUMNS = 256
 FREE_SWEEPS = 2
 """Passes over the codes of a group with a free scale before the next one is visited."""
 
+FINE_BITS = 8
+"""Significant bits of a scale below which its rounding can undo the gain of new codes, so that the
+codes are also improved under the scale that stands."""
+
 FLOAT_FIELDS = ("d", "m", "dmin")
 """Stored fields that are not integers."""
 
@@ -209,7 +213,7 @@ class _State:
         if self.fmt.sub_scale is not None:
             return self._descend_integers(part)
         if self.fmt.affine:
-            return self._descend_fixed(part)
+            return self._descend_fixed(part, self.residual[:, part])
         M, old = self.hessian[part, part], self.values[:, part]
         product = old @ M
         linear = self.residual[:, part] + product
@@ -231,16 +235,20 @@ class _State:
         self.fields["d"][:, part.start // self.block] = scale.float()
         change = new - old
         self.values[:, part] = new
+        if self.fmt.scale_lattice.significand_bits < FINE_BITS:
+            change = change + self._descend_fixed(part, self.residual[:, part] - change @ M)
         return change
 
-    def _descend_fixed(self, part: slice) -> Tensor:
-        """Codes under the scale and offset that the group has."""
+    def _descend_fixed(self, part: slice, residual: Tensor) -> Tensor:
+        """Codes under the scale and offset that the group has; its own part of the residual."""
         g = part.start // self.group
+        scale = self.fields["d"][:, g : g + 1].double()
+        offset = self.fields["m"][:, g : g + 1].double() if self.fmt.affine else 0 * scale
         index, change = descend(
             self.indices[:, part],
-            self.fields["d"][:, g : g + 1].double(),
-            self.fields["m"][:, g : g + 1].double(),
-            self.residual[:, part],
+            scale,
+            offset,
+            residual,
             self.hessian[part, part],
             self.levels,
             self.group,

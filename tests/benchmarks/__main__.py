@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tests.benchmarks import quality, speed, table
+from tests.benchmarks import quality, speed, stock, table
 
 
 def main() -> None:
@@ -25,11 +25,29 @@ def main() -> None:
     good.add_argument("--out", type=Path, default=Path("quality.json"))
     good.add_argument("--only", default="", help="part of 'FORMAT | METHOD SCALES'")
     good.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many")
+    rival = commands.add_parser("stock", help="our files against llama-quantize's")
+    rival.add_argument("model", nargs="?", help="checkpoint folder (default: the demo model)")
+    rival.add_argument("--types", nargs="+", default=["Q2_K", "Q3_K_M", "Q4_K_M"])
+    rival.add_argument("--preset", default="balanced")
+    rival.add_argument("--pure", action="store_true", help="one type; embedding and head Q8_0")
+    rival.add_argument("--calibration")
+    rival.add_argument("--evaluation")
+    rival.add_argument("--folder", type=Path, default=Path("stock"), help="where files are kept")
     show = commands.add_parser("table", help="print the figures of a quality run as a table")
     show.add_argument("file", type=Path)
     wanted = parser.parse_args()
     if wanted.command == "speed":
         speed.measure(wanted.device)
+    elif wanted.command == "stock":
+        stock.measure(
+            wanted.model,
+            wanted.calibration,
+            wanted.evaluation,
+            wanted.folder,
+            wanted.types,
+            wanted.preset,
+            pure=wanted.pure,
+        )
     elif wanted.command == "table":
         print(table.render(wanted.file))
     else:

@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit, prange
 
 from pipeline.kernels.cpu.common import nearest
-from pipeline.kernels.twin.sub_scales import LEAST_GAIN
+from pipeline.kernels.twin.descent import LEAST_GAIN
 
 
 @njit(cache=True)

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.twin.common import nearest_index
-
-LEAST_GAIN = 1e-12
-"""Decrease, relative to the objective, below which a change is a rounding error."""
+from pipeline.kernels.twin.descent import LEAST_GAIN
 
 _State = tuple[Tensor, Tensor, Tensor, Tensor]
 """Sub-scales, sub-offsets, level indices and objective of every row."""

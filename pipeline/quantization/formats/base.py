@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -58,6 +58,19 @@ class Format:
     def block_of(self, width: int) -> int:
         """Inputs that must stay together: the super-group, or the whole row if channel-wise."""
         return self.super_group or width
+
+    def positive(self) -> Format:
+        """The same format without negative (super-)scales and sub-scales, if it has sub-scales.
+
+        Others are told by the rules' ``signed``: their lattice may also hold offsets.
+        """
+        if self.sub_scale is None:
+            return self
+        return replace(
+            self,
+            sub_scale=(max(0, self.sub_scale[0]), self.sub_scale[1]),
+            scale_lattice=replace(self.scale_lattice, signed=False),
+        )
 
     def fits(self, width: int) -> bool:
         """Whether rows of `width` inputs divide into whole (super-)groups."""

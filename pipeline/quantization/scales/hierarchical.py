@@ -217,7 +217,7 @@ def _grid_fit(
     spread = torch.linspace(1 / SPREAD[1], 1 / SPREAD[0], CANDIDATES, dtype=wanted.dtype)
     fractions = (ends[:, None] * spread.to(ends)).reshape(-1)
     units = largest / fractions
-    if limits[0] >= 0:
+    if limits[0] >= 0 and lattice.signed:
         units = torch.cat([units, -units], dim=1)
     unit, integers, loss = _best_unit(wanted, curvature, lattice.round(units), limits)
     for _ in range(2):

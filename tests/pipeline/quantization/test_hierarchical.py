@@ -166,7 +166,6 @@ def test_published_metric_and_other_solvers_take_these_formats() -> None:
     W, objective = layer(7, rows=8, width=256, tokens=900)
     for options in (
         LayerOptions(metric="block"),
-        LayerOptions(signed=False),
         LayerOptions(rounding="groupwise", passes=2),
         LayerOptions(rounding="gpfq"),
         LayerOptions(rounding="qronos"),
@@ -177,5 +176,17 @@ def test_published_metric_and_other_solvers_take_these_formats() -> None:
     ):
         found = quantize_layer(W, objective, get_format("Q2_K"), options)
         assert 0 < found.relative_loss < 0.2
-        if not options.signed:
-            assert (found.quantized.scales["d"] >= 0).all()
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "IQ4_XS"])
+def test_positive_scales_when_asked_for_and_negative_ones_gain(name: str) -> None:
+    W, objective = layer(7, rows=24, width=512, tokens=900)
+    found = {}
+    for signed in (False, True):
+        options = LayerOptions(signed=signed, refine_rounds=3)
+        found[signed] = quantize_layer(W, objective, get_format(name), options)
+    for field, values in found[False].quantized.scales.items():
+        assert (values >= 0).all(), field
+    assert found[False].quantized.format == get_format(name)
+    assert any((values < 0).any() for values in found[True].quantized.scales.values())
+    assert found[True].relative_loss < found[False].relative_loss

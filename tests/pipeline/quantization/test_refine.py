@@ -147,9 +147,7 @@ def test_joint_refit_is_least_squares_over_all_scales(name: str) -> None:
     assert fitted.shape == (5, blocks, 2 if fmt.affine else 1)
 
 
-# MXFP4 is left out: descent fits its scale freely, and where the power of two next to the fit
-# loses, a code that would gain under the old scale stays.
-@pytest.mark.parametrize("name", [name for name in FORMATS if name != "MXFP4"])
+@pytest.mark.parametrize("name", FORMATS)
 def test_every_round_lowers_the_loss_and_ends_at_a_fixpoint(name: str) -> None:
     W, objective, start = solved(name)
     H = objective.hessian

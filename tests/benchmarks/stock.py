@@ -1,0 +1,119 @@
+"""Our files against llama-quantize's at the same types, in stock llama.cpp, in one run.
+
+The rival gets the better of two files of each type: made with our own importance matrix (the mean
+squared inputs on the same calibration text) and without one. All files are judged by
+`pipeline.stages.compare` against the full precision model. *Share* is what is left of the rival's
+excess perplexity over full precision; below 0.4 is this project's bar for the mixes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from pipeline import run
+from pipeline.progress import Progress, open_progress
+from pipeline.recipe_files import load_recipe
+from pipeline.stages.compare import Compared, compare
+from pipeline.stages.emit import IMATRIX
+from pipeline.stages.export import export_twin
+from pipeline.stages.load import open_source
+from runtimes.llamacpp import quantize
+
+HEAD = "| type | MB | full precision | stock | ours | share | KLD stock | KLD ours |"
+
+
+def read_imatrix(path: Path) -> dict[str, np.ndarray]:
+    """Mean squared inputs, float32 [in], by tensor name, from an importance matrix in GGUF."""
+    tensors = {t.name: np.array(t.data, np.float32).ravel() for t in gguf.GGUFReader(path).tensors}
+    return {
+        name.removesuffix(".in_sum2"): sums / tensors[name.replace(".in_sum2", ".counts")][0]
+        for name, sums in tensors.items()
+        if name.endswith(".in_sum2")
+    }
+
+
+def measure(
+    model: str | None,
+    calibration: str | None,
+    evaluation: str | None,
+    folder: Path,
+    types: Sequence[str],
+    preset: str,
+    *,
+    pure: bool,
+) -> None:
+    """Deploy each type, let llama.cpp quantize the same model, compare, print a row a type.
+
+    Args:
+        model: Checkpoint; None for the demo model.
+        calibration: Text, for us and for the importance matrix.
+        evaluation: Text that all files are judged on.
+        folder: Where the files are kept.
+        types: Types or mixes.
+        preset: Of the recipe.
+        pure: All matrices in the one type, embedding and head Q8_0; else llama-quantize's mixes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tables = {"pure": True, "token_embedding_type": "Q8_0", "output_tensor_type": "Q8_0"}
+    shared = {
+        "model": model,
+        "calibration.source": calibration,
+        "evaluation.source": evaluation,
+        "emit": ("imatrix",),
+        **(tables if pure else {}),
+    }
+    options = {key: value for key, value in shared.items() if value is not None}
+    floating = folder / "full-precision.gguf"
+    if not floating.exists():
+        source = open_source(load_recipe(preset, options=options).recipe, allow_pickle=False)
+        export_twin(floating, source.read, source)
+    print(HEAD + "\n" + "| --- " * 8 + "|", flush=True)
+    for kind in types:
+        with open_progress() as progress:
+            row = _one(kind, preset, options, tables if pure else {}, floating, progress)
+        print(row, flush=True)
+
+
+def _one(
+    kind: str,
+    preset: str,
+    options: Mapping[str, Any],
+    tables: Mapping[str, Any],
+    floating: Path,
+    progress: Progress,
+) -> str:
+    output = floating.parent / f"{preset}-{kind}{'-pure' if tables else ''}"
+    recipe = load_recipe(preset, options={**options, "type": kind})
+    begun = time.monotonic()
+    report = run.deploy(recipe, output=output, progress=progress)
+    seconds = time.monotonic() - begun
+    if report.output is None:
+        return f"| {kind} | delivered nothing: {report.to_json()} |"
+    ours = next(path for path in output.glob("*.gguf") if path.name != IMATRIX)
+    rivals = [floating.parent / f"{output.name}-stock{n}.gguf" for n in ("-imatrix", "")]
+    vectors = (read_imatrix(output / IMATRIX), None)
+    for path, imatrix in zip(rivals, vectors, strict=True):
+        quantize(floating, path, kind, imatrix=imatrix, **tables)
+    text = options.get("evaluation.source")
+    found = compare([floating, ours, *rivals], evaluation=text, progress=progress)
+    best = min(found[2:], key=lambda one: one.comparison.candidate.ppl)
+    progress.note(f"{kind}: deploy took {seconds:.0f} s")
+    return _row(kind, found[1], best)
+
+
+def _row(kind: str, ours: Compared, stock: Compared) -> str:
+    full = ours.comparison.reference.ppl
+    excess = [one.comparison.candidate.ppl - full for one in (ours, stock)]
+    sizes = {f"{one.size_bytes / 1e6:.2f}" for one in (ours, stock)}
+    return (
+        f"| {kind} | {' / '.join(sorted(sizes))} | {full:.2f} "
+        f"| {stock.comparison.candidate.ppl:.2f} | {ours.comparison.candidate.ppl:.2f} "
+        f"| {excess[0] / excess[1]:.2f} "
+        f"| {stock.comparison.kld_mean:.4f} | {ours.comparison.kld_mean:.4f} |"
+    )

@@ -28,6 +28,7 @@ from pipeline.stages.file_gates import check_tokenizer
 from pipeline.stages.load import Source, open_source
 from pipeline.stages.plan import TypePlan
 from pipeline.stages.quantize import QuantizedModel, quantize
+from pipeline.stages.repack import repack
 from pipeline.stages.report import RECIPE, check_files, deliver
 from pipeline.stages.transform import transform
 from pipeline.stages.verify import Ladder, climb, wants_llamacpp
@@ -93,7 +94,10 @@ def deploy(
         if report is None:
             check_output(output, overwrite=overwrite)
             _stage(progress, "quantize")
-            model = quantize(resolved.recipe, source, texts.calibration, run, progress)
+            if source.checkpoint.packed:
+                model = repack(source, run, progress)
+            else:
+                model = quantize(resolved.recipe, source, texts.calibration, run, progress)
             try:
                 with publish(output, overwrite=overwrite) as staging:
                     record = {"command": command, "identity": identity}

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.architectures import Architecture, get_architecture
 from pipeline.checkpoint.files import read_json
+from pipeline.checkpoint.packed import PackedMatrix, find_scheme, unpacked
 from pipeline.checkpoint.source import METADATA_FILES, fetch_weights, locate
 from pipeline.checkpoint.tying import find_tie
 from pipeline.checkpoint.validation import check_tensors, unexpected_notes
@@ -34,6 +36,8 @@ class Checkpoint:
         architecture: The family.
         tied: Whether the embedding is also the output head.
         notes: What the user should know; nothing that stops a run.
+        packed: Matrices that are stored as 4-bit integers and scales already, by name. `read` gives
+            what they stand for.
     """
 
     source: str
@@ -44,6 +48,7 @@ class Checkpoint:
     tied: bool
     notes: tuple[str, ...]
     _weights: Weights
+    packed: Mapping[str, PackedMatrix] = field(default_factory=dict)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -150,12 +155,22 @@ def open_checkpoint(
     """
     location = locate(source, revision)
     config = read_config(location.folder)
+    scheme = find_scheme(config)
+    if scheme is not None:
+        config.pop("quantization_config", None)
+        config.pop("compression_config", None)
     architecture = get_architecture(config)
     notes = []
     if config.pop("auto_map", None) is not None:
         notes.append("config.json asks for remote code (auto_map): ignored, nothing of it runs")
     fetch_weights(location, allow_pickle)
     weights = find_weights(location.folder, allow_pickle)
+    packed: dict[str, PackedMatrix] = {}
+    if scheme is not None:
+        weights, packed = unpacked(weights, scheme)
+        notes.append(
+            f"{len(packed)} matrices are 4-bit already ({scheme.method}): kept as they are"
+        )
     tied, note = find_tie(weights, bool(config.get("tie_word_embeddings", False)))
     config["tie_word_embeddings"] = tied
     notes += [note] if note else []
@@ -171,4 +186,5 @@ def open_checkpoint(
         tied=tied,
         notes=tuple(notes),
         _weights=weights,
+        packed=packed,
     )

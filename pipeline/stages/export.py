@@ -56,6 +56,8 @@ def export(path: Path, model: QuantizedModel, recipe: Recipe) -> dict[str, Any]:
         return stored.rows()
 
     method = f"{recipe.quantization.rounding} with {recipe.quantization.scales} scales"
+    for matrix in source.checkpoint.packed.values():
+        method = f"repacked from {matrix.scheme.method}"
     write_gguf(
         path,
         config=source.checkpoint.config,

@@ -10,7 +10,7 @@ from math import prod
 
 from exporters.gguf import gguf_name, row_bytes
 from pipeline.architectures.base import EMBEDDING, HEAD
-from pipeline.checkpoint import Checkpoint
+from pipeline.checkpoint import MIDDLE, Checkpoint, PackedMatrix
 from pipeline.errors import UnsupportedError, UsageError
 from pipeline.mixes import Matrix, base_type, embedding_type, head_type, mix_type
 from pipeline.quantization.formats import get_format
@@ -25,6 +25,10 @@ REPLACEMENTS = {
     "Q6_K": "Q8_0",
 }
 """What llama-quantize takes where a width does not divide into a type's blocks; F16 otherwise."""
+
+
+REPACKED, REPACKED_BLOCK = ("Q4_0", "Q4_1"), 32
+"""Types that hold the integers and scales of others' 4-bit checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +64,12 @@ def plan_types(checkpoint: Checkpoint, recipe: Recipe) -> TypePlan:
 
     Raises:
         UnsupportedError: A type would have to be replaced and the recipe does not allow it.
-        UsageError: A pattern of the recipe's tensor types fits no tensor.
+        UsageError: A pattern of the recipe's tensor types fits no tensor, or a type is asked for
+            that would quantize a matrix of the checkpoint a second time.
     """
     wanted = {**_tables(checkpoint, recipe), **_linears(checkpoint, recipe)}
     _override(wanted, recipe)
+    _keep_packed(wanted, checkpoint, recipe)
     types, replaced = {}, []
     for name, kind in wanted.items():
         width = checkpoint.shape(EMBEDDING if name == HEAD else name)[1]
@@ -127,6 +133,39 @@ def _override(wanted: dict[str, str], recipe: Recipe) -> None:
             why="patterns are searched in GGUF names such as blk.0.ffn_down.weight, in order",
             fix="`python -m pipeline deploy ... --dry-run` prints all names and types",
         )
+
+
+def _keep_packed(wanted: dict[str, str], checkpoint: Checkpoint, recipe: Recipe) -> None:
+    """Types that hold the integers of a checkpoint that is 4-bit already, F16 for the others."""
+    if not checkpoint.packed:
+        return
+    other = recipe.type if base_type(recipe.type) not in REPACKED else None
+    if other or recipe.tensor_types or "imatrix" in recipe.emit:
+        what = other or "--tensor-type or --emit imatrix"
+        raise UsageError(
+            f"the checkpoint is 4-bit already and is repacked as it is: {what} cannot be had",
+            why="that would quantize it a second time, or needs calibration",
+            fix="leave the type out (Q4_0 or Q4_1 follows), or give the original checkpoint",
+        )
+    for name in wanted.keys() - {EMBEDDING, HEAD}:
+        matrix = checkpoint.packed.get(name)
+        wanted[name] = "F16" if matrix is None else repacked_type(matrix)
+
+
+def repacked_type(matrix: PackedMatrix) -> str:
+    """Q4_0 if all zero points are in the middle, else Q4_1.
+
+    Raises:
+        UnsupportedError: Groups are scattered, or cut through blocks.
+    """
+    matrix.check_order()
+    if matrix.group % REPACKED_BLOCK:
+        raise UnsupportedError(
+            f"{matrix.name}: groups of {matrix.group} cannot be repacked",
+            why=f"ggml's blocks are {REPACKED_BLOCK} inputs with one scale",
+            fix="give the original full-precision checkpoint",
+        )
+    return "Q4_0" if (matrix.zeros() == MIDDLE).all() else "Q4_1"
 
 
 def _fitting(kind: str, width: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,7 @@ class QuantizedModel:
             "types replaced": len(self.source.plan.replaced),
             "sites with raised damping": sum(s["damping_raised"] > 0 for s in self.sites),
             "dead inputs": sum(s["dead_inputs"] for s in self.sites),
+            "matrices repacked inexactly": sum(not s.get("exact", True) for s in self.sites),
             "damaged parts recomputed": self.run.dropped,
         }
 
@@ -107,8 +109,8 @@ def quantize(
         InputError: Activations or moments are not finite; names block and site.
         ResourceError: The device that the recipe asks for is not there.
     """
-    tables = _tables(source, run)
-    walk = Walk(source, tables[EMBEDDING].dequantize(), windows, walk_settings(recipe))
+    embedding = tables(source, run)[EMBEDDING]
+    walk = Walk(source, embedding.dequantize(), windows, walk_settings(recipe))
     sites: list[dict[str, Any]] = []
     for index in range(walk.n_blocks):
         part = f"block-{index:04d}"
@@ -128,30 +130,39 @@ def quantize(
                 beside[f"{IMPORTANCE}{name}"] = solved.importance.clone()
             records.append(solved.record)
             progress.figure(solved.record["site"], solved.record["loss"])
-        _keep(run, part, stored, records, beside)
+        keep_part(run, part, stored, records, beside)
         sites += records
     return QuantizedModel(source, run, sites)
 
 
-def _tables(source: Source, run: RunDirectory) -> dict[str, StoredTensor]:
-    """Embedding and head, which need no calibration."""
+def tables(source: Source, run: RunDirectory) -> dict[str, StoredTensor]:
+    """Embedding and head, which need no calibration, from the run directory or stored in it."""
     loaded = run.load(TABLES)
     if loaded is not None:
         return restore_part(loaded)
     types = source.plan.types
-    tables = {n: store_free(types[n], source.read(n)) for n in (EMBEDDING, HEAD) if n in types}
-    _keep(run, TABLES, tables, [], {})
-    return tables
+    found = {n: store_free(types[n], source.read(n)) for n in (EMBEDDING, HEAD) if n in types}
+    keep_part(run, TABLES, found, [])
+    return found
 
 
-def _keep(
+def keep_part(
     run: RunDirectory,
     part: str,
     stored: dict[str, StoredTensor],
     sites: list[dict[str, Any]],
-    beside: dict[str, Tensor],
+    beside: Mapping[str, Tensor] | None = None,
 ) -> None:
-    tensors: dict[str, Tensor] = dict(beside)
+    """Store a finished part.
+
+    Args:
+        run: The run directory.
+        part: Its name, see `part_of`.
+        stored: Matrices by Hugging Face name.
+        sites: Their records.
+        beside: More tensors to keep, under names of their own.
+    """
+    tensors: dict[str, Tensor] = dict(beside or {})
     for name, tensor in stored.items():
         tensors |= tensor.flatten(name)
     types = {name: tensor.type for name, tensor in stored.items()}

@@ -43,6 +43,7 @@ def test_the_folder_holds_what_the_manifest_says(delivered: Path) -> None:
         "types replaced": 0,
         "sites with raised damping": 0,
         "dead inputs": 0,
+        "matrices repacked inexactly": 0,
         "damaged parts recomputed": 0,
         "calibration samples missing": 0,
         "calibration tokens beyond the model's context cut from each sample": 0,

@@ -1,0 +1,97 @@
+"""Checkpoints that are 4-bit already: the same integers and scales in ggml's blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from pipeline.checkpoint import MIDDLE, PackedMatrix
+from pipeline.errors import InputError
+from pipeline.progress import Progress
+from pipeline.quantization.formats import FP16, QuantizedTensor, get_format
+from pipeline.run_directory import RunDirectory
+from pipeline.stages.load import Source
+from pipeline.stages.quantize import QuantizedModel, keep_part, part_of, tables
+from pipeline.stages.stored import StoredTensor
+
+
+def repack(source: Source, run: RunDirectory, progress: Progress) -> QuantizedModel:
+    """Store every packed matrix of a checkpoint as it is; embedding and head by their types.
+
+    Integers and scales of symmetric schemes are those of Q4_0, exactly if the scales are numbers of
+    fp16. Zero points become offsets of Q4_1, ``-s z``, which fp16 rounds where the product has more
+    than 11 significant bits. The record of each matrix says which it was.
+
+    Args:
+        source: A checkpoint with packed matrices.
+        run: Where finished blocks are kept.
+        progress: Told about blocks, and the error of each matrix relative to its energy.
+
+    Raises:
+        InputError: A scale is beyond fp16.
+    """
+    tables(source, run)
+    names = [name for name in source.plan.types if part_of(name) != part_of(source.head)]
+    parts = list(dict.fromkeys(map(part_of, names)))
+    records: list[dict[str, Any]] = []
+    for index, part in enumerate(parts):
+        loaded = run.load(part)
+        progress.block(index + 1, len(parts), resumed=loaded is not None)
+        if loaded is not None:
+            records += loaded[1]["sites"]
+            continue
+        stored, own = {}, []
+        for name in (n for n in names if part_of(n) == part):
+            matrix = source.checkpoint.packed.get(name)
+            if matrix is None:
+                stored[name] = StoredTensor.floating(source.plan.types[name], source.read(name))
+            else:
+                stored[name] = StoredTensor(source.plan.types[name], repacked(matrix))
+            own.append(_record(index, name, stored[name], source, progress))
+        keep_part(run, part, stored, own)
+        records += own
+    return QuantizedModel(source, run, records)
+
+
+def repacked(matrix: PackedMatrix) -> QuantizedTensor:
+    """Q4_0 where all zero points are in the middle, else Q4_1.
+
+    Raises:
+        InputError: A scale or an offset is beyond fp16.
+    """
+    scales, zeros = matrix.scales(), torch.from_numpy(matrix.zeros())
+    codes = torch.from_numpy(matrix.codes())
+    symmetric = bool((zeros == MIDDLE).all())
+    fmt = get_format("Q4_0" if symmetric else "Q4_1")
+    fields = {"d": scales} | ({} if symmetric else {"m": -scales * zeros})
+    if max(float(value.abs().max()) for value in fields.values()) > FP16.max_value:
+        raise InputError(
+            f"{matrix.name}: a scale or offset is beyond fp16",
+            why="ggml stores them in fp16",
+            fix="give the original full-precision checkpoint",
+        )
+    blocks = matrix.group // fmt.group_size
+    stored = {n: FP16.round(v).repeat_interleave(blocks, dim=1) for n, v in fields.items()}
+    shifted = codes.to(torch.int8) - (MIDDLE if symmetric else 0)
+    return QuantizedTensor(fmt, shifted, stored)
+
+
+def _record(
+    index: int, name: str, stored: StoredTensor, source: Source, progress: Progress
+) -> dict[str, Any]:
+    """How far the stored matrix is from what the checkpoint's one stands for."""
+    wanted, found = source.read(name).double(), stored.dequantize().double()
+    difference = found - wanted
+    loss = float(difference.square().sum() / wanted.square().sum().clamp_min(1e-300))
+    short = name.removesuffix(".weight").rpartition(".")[2]
+    progress.figure(short, loss)
+    return {
+        "block": index,
+        "site": short,
+        "loss": loss,
+        "largest_difference": float(difference.abs().max()),
+        "exact": not bool(difference.any()),
+        "damping_raised": 0,
+        "dead_inputs": 0,
+    }

@@ -15,6 +15,9 @@ from pipeline.recipe import Recipe
 from pipeline.recipe_files import to_toml
 from pipeline.report import Report
 
+METHODS = ("piso", "gptq")
+"""Tags of a model that was quantized here."""
+
 
 def render_card(
     report: Report,
@@ -22,6 +25,7 @@ def render_card(
     command: str,
     base_model: str | None,
     license_name: str | None = None,
+    methods: tuple[str, ...] = METHODS,
 ) -> str:
     """The model card in Markdown with YAML front matter.
 
@@ -31,10 +35,11 @@ def render_card(
         command: The exact command line.
         base_model: Hub id of the model that was quantized; None if it has none.
         license_name: The base model's license, carried over.
+        methods: Tags that say how it was quantized.
     """
     name = base_model or PurePath(recipe.model or "demo model").name
     sections = (
-        _front_matter(recipe, base_model, license_name),
+        _front_matter(recipe, base_model, license_name, methods),
         f"# {_line(name)}, {recipe.type} {recipe.target.upper()}",
         _introduction(report, name, recipe),
         _table("Quality", figures.QUALITY_COLUMNS, map(figures.quality_row, report.qualities)),
@@ -47,7 +52,9 @@ def render_card(
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _front_matter(recipe: Recipe, base_model: str | None, license_name: str | None) -> str:
+def _front_matter(
+    recipe: Recipe, base_model: str | None, license_name: str | None, methods: tuple[str, ...]
+) -> str:
     lines = ["---"]
     if base_model:
         # JSON strings are YAML strings, whatever characters they hold.
@@ -57,7 +64,7 @@ def _front_matter(recipe: Recipe, base_model: str | None, license_name: str | No
     lines += [
         f"library_name: {recipe.target}",
         "pipeline_tag: text-generation",
-        f"tags: [{recipe.target}, quantized, {json.dumps(recipe.type)}, piso, gptq]",
+        f"tags: [{recipe.target}, quantized, {json.dumps(recipe.type)}, {', '.join(methods)}]",
         "---",
     ]
     return "\n".join(lines)

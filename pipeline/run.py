@@ -85,8 +85,9 @@ def deploy(
     folder = _run_folder(output, run_dir)
     if overwrite or not (output / OUTPUT_MARKER).is_file():
         check_output(output, overwrite=overwrite)
-    resolved = replace(resolved, recipe=_with_absolute_paths(resolved.recipe))
-    source, texts = _prepare(resolved.recipe, allow_pickle, progress)
+    recipe = _with_absolute_paths(resolved.recipe)
+    source, texts = _prepare(recipe, allow_pickle, progress)
+    resolved = replace(resolved, recipe=_of_checkpoint(recipe, source, progress))
     check_free_space(folder, BYTES_PER_PARAMETER * source.checkpoint.num_parameters)
     identity = _identity(resolved.recipe, source, texts)
     with RunDirectory(folder, identity, fresh=fresh, warn=progress.warning) as run:
@@ -94,10 +95,7 @@ def deploy(
         if report is None:
             check_output(output, overwrite=overwrite)
             _stage(progress, "quantize")
-            if source.checkpoint.packed:
-                model = repack(source, run, progress)
-            else:
-                model = quantize(resolved.recipe, source, texts.calibration, run, progress)
+            model = _matrices(resolved.recipe, source, texts, run, progress)
             try:
                 with publish(output, overwrite=overwrite) as staging:
                     record = {"command": command, "identity": identity}
@@ -158,6 +156,23 @@ def _prepare(recipe: Recipe, allow_pickle: bool, progress: Progress) -> tuple[So
     for warning in texts.warnings():
         progress.warning(warning)
     return source, texts
+
+
+def _matrices(
+    recipe: Recipe, source: Source, texts: Texts, run: RunDirectory, progress: Progress
+) -> QuantizedModel:
+    """Quantized here, or taken over from a checkpoint that is 4-bit already."""
+    if source.checkpoint.packed:
+        return repack(source, run, progress)
+    return quantize(recipe, source, texts.calibration, run, progress)
+
+
+def _of_checkpoint(recipe: Recipe, source: Source, progress: Progress) -> Recipe:
+    """The recipe with the type that follows from a checkpoint that is 4-bit already."""
+    if source.packed_by is None or recipe.type == source.file_type:
+        return recipe
+    progress.warning(f"the checkpoint's zero points make it {source.file_type}, not {recipe.type}")
+    return recipe.model_copy(update={"type": source.file_type})
 
 
 def _delivered(output: Path, identity: Mapping[str, Any], recipe: Recipe) -> Report | None:

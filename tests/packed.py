@@ -87,7 +87,13 @@ def settings(method: str, group: int, symmetric: bool) -> dict[str, Any]:
 
 
 def write_packed(
-    source: Path, target: Path, method: str, *, symmetric: bool, group: int = GROUP
+    source: Path,
+    target: Path,
+    method: str,
+    *,
+    symmetric: bool,
+    group: int = GROUP,
+    head: bool = False,
 ) -> dict[str, Tensor]:
     """Write the checkpoint and return ``s (q - z)`` of every linear, float64, by weight name."""
     shutil.copytree(source, target)
@@ -96,7 +102,8 @@ def write_packed(
     (target / "config.json").write_text(json.dumps(config))
     tensors, expected = {}, {}
     for name, weight in load_file(target / "model.safetensors").items():
-        if "_proj" not in name or weight.ndim != 2:
+        linear = "_proj" in name or (head and name == "lm_head.weight")
+        if not linear or weight.ndim != 2:
             tensors[name] = weight
             continue
         size = weight.shape[1] if group == -1 else group

@@ -169,7 +169,9 @@ def open_checkpoint(
     if scheme is not None:
         weights, packed = unpacked(weights, scheme)
         notes.append(
-            f"{len(packed)} matrices are 4-bit already ({scheme.method}): kept as they are"
+            f"{len(packed)} matrices are 4-bit already ({scheme.method}) and kept as they are: no "
+            "setting of calibration or quantization applies to them, and full precision means this "
+            "checkpoint, not its original"
         )
     tied, note = find_tie(weights, bool(config.get("tie_word_embeddings", False)))
     config["tie_word_embeddings"] = tied

@@ -54,7 +54,7 @@ class Scheme:
         method: ``gptq``, ``awq`` or ``compressed-tensors``.
         group: Inputs that share a scale; -1 for whole rows.
         zero_shift: What is added to stored zero points.
-        symmetric: Zero points are not stored.
+        symmetric: All zero points are the middle, whatever is stored.
     """
 
     method: str
@@ -92,14 +92,35 @@ class PackedMatrix:
         return np.ascontiguousarray(found).reshape(rows, width)
 
     def zeros(self) -> np.ndarray:
-        """Zero points z, int16 [out, groups]."""
+        """Zero points z, int16 [out, groups].
+
+        Raises:
+            InputError: They contradict a symmetric scheme.
+            UnsupportedError: Tools read them in different ways.
+        """
         groups = self.shape[1] // self.group
         if self.scheme.method == "compressed-tensors":
             if self.scheme.symmetric:
                 return np.full((self.shape[0], groups), MIDDLE, np.int16)
             return _nibbles(self._load("weight_zero_point").T).T.astype(np.int16)
         order = AWQ_ORDER if self.scheme.method == "awq" else None
-        return _nibbles(self._load("qzeros"), order).T.astype(np.int16) + self.scheme.zero_shift
+        stored = _nibbles(self._load("qzeros"), order).T.astype(np.int16)
+        if self.scheme.symmetric:
+            # Some tools write z and announce z - 1; here both can only mean the middle.
+            if not ((stored == MIDDLE - 1).all() or (stored == MIDDLE).all()):
+                raise InputError(
+                    f"{self.name}.qzeros are not in the middle",
+                    why="config.json says that the scheme is symmetric",
+                    fix="get the checkpoint again, or its original",
+                )
+            return np.full_like(stored, MIDDLE)
+        if self.scheme.zero_shift and (stored == (1 << BITS) - 1).any():
+            raise UnsupportedError(
+                f"{self.name}.qzeros hold a 15, which stands for 16 or for 0",
+                why="kernels for checkpoint_format gptq differ in whether they wrap around",
+                fix="give the original full-precision checkpoint",
+            )
+        return stored + self.scheme.zero_shift
 
     def scales(self) -> Tensor:
         """Scales s, float32 [out, groups].
@@ -114,9 +135,14 @@ class PackedMatrix:
         return (found if key == "weight_scale" else found.T).contiguous()
 
     def dequantize(self) -> Tensor:
-        """``s (q - z)``, float32 [out, in], as the checkpoint's own kernels define it."""
+        """``s (q - z)``, float32 [out, in].
+
+        Raises:
+            UnsupportedError: The groups are scattered, or the zero points ambiguous.
+        """
         import torch
 
+        self.check_order()
         spread = [
             torch.from_numpy(np.repeat(a, self.group, axis=1))
             for a in (self.zeros(), self.scales().numpy())
@@ -134,7 +160,7 @@ class PackedMatrix:
             if load is None:
                 continue
             expected = np.arange(self.shape[1]) // self.group
-            if not np.array_equal(load().numpy(), expected):
+            if not np.array_equal(load().float().numpy(), expected):
                 raise UnsupportedError(
                     f"{self.name}: the groups are scattered over the inputs ({key})",
                     why="it was quantized with act_order, and ggml's blocks are consecutive inputs",
@@ -168,8 +194,12 @@ def find_scheme(config: Mapping[str, Any]) -> Scheme | None:
     method = found.get("quant_method")
     if method == "gptq":
         _demand(found.get("bits") == BITS, f"GPTQ with {found.get('bits')} bits")
-        shift = 0 if found.get("checkpoint_format") == "gptq_v2" else 1
-        return Scheme("gptq", _group(found.get("group_size")), zero_shift=shift)
+        _refuse_if_set(found, ("dynamic", "adapter", "rotation"))
+        layout = found.get("checkpoint_format") or "gptq"
+        _demand(layout in ("gptq", "gptq_v2"), f"checkpoint_format {layout!r}")
+        shift = 0 if layout == "gptq_v2" else 1
+        group = _group(found.get("group_size"))
+        return Scheme("gptq", group, zero_shift=shift, symmetric=found.get("sym") is True)
     if method == "awq":
         _demand(found.get("bits") == BITS, f"AWQ with {found.get('bits')} bits")
         version = str(found.get("version", "gemm")).lower()
@@ -180,21 +210,32 @@ def find_scheme(config: Mapping[str, Any]) -> Scheme | None:
 
 def _compressed(found: Mapping[str, Any]) -> Scheme:
     _demand(found.get("format") == "pack-quantized", f"format {found.get('format')!r}")
+    _refuse_if_set(found, ("transform_config", "sparsity_config", "kv_cache_scheme"))
     groups = found.get("config_groups")
-    _demand(isinstance(groups, dict) and len(groups) == 1, "several groups of settings")
-    (settings,) = groups.values() if isinstance(groups, dict) else ({},)
-    weights = settings.get("weights") or {}
-    _demand(not settings.get("input_activations"), "quantized activations")
+    settings = list(groups.values()) if isinstance(groups, dict) else []
+    _demand(len(settings) == 1, "several groups of settings, or none")
+    weights = settings[0].get("weights") if isinstance(settings[0], dict) else None
+    if not isinstance(weights, dict):
+        raise InputError(
+            "config.json: config_groups does not describe weights",
+            fix="download it again, or give the original checkpoint",
+        )
+    _refuse_if_set(settings[0], ("input_activations", "output_activations"))
     kind = (weights.get("num_bits"), weights.get("type"), weights.get("strategy"))
     _demand(kind[:2] == (BITS, "int") and kind[2] in ("group", "channel"), f"weights {kind}")
     group = weights.get("group_size") if kind[2] == "group" else -1
-    return Scheme(
-        "compressed-tensors", _group(group), symmetric=bool(weights.get("symmetric", True))
-    )
+    symmetric = weights.get("symmetric", True) is True
+    return Scheme("compressed-tensors", _group(group), symmetric=symmetric)
+
+
+def _refuse_if_set(found: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    """Refuse settings that change what the model computes and that a GGUF file cannot say."""
+    for key in keys:
+        _demand(not found.get(key), f"it has {key}")
 
 
 def _group(value: Any) -> int:
-    _demand(isinstance(value, int) and (value == -1 or value > 0), f"group_size {value!r}")
+    _demand(type(value) is int and (value == -1 or value > 0), f"group_size {value!r}")
     return int(value)
 
 
@@ -251,8 +292,12 @@ def _loader(matrix: PackedMatrix) -> Callable[[], Tensor]:
 
 
 def _shape(info: TensorInfo, scheme: Scheme) -> tuple[int, int]:
-    if info.dtype != "I32" or len(info.shape) != 2:
-        raise InputError(f"packed integers in {info.file} are {info.dtype} {list(info.shape)}")
+    if info.dtype != "I32" or len(info.shape) != 2 or 0 in info.shape:
+        raise InputError(
+            f"packed integers in {info.file} are {info.dtype} {list(info.shape)}",
+            why="they must be a matrix of I32",
+            fix="download the whole model again, from one revision",
+        )
     a, b = info.shape
     if scheme.method == "gptq":
         return b, a * PER_WORD
@@ -263,17 +308,26 @@ def _check_members(matrix: PackedMatrix, tensors: Mapping[str, TensorInfo]) -> N
     rows, width = matrix.shape
     if width % matrix.group:
         raise InputError(f"{matrix.name}: {width} inputs do not divide into {matrix.group}")
+    if rows % PER_WORD:
+        raise UnsupportedError(
+            f"{matrix.name}: {rows} outputs are not a multiple of {PER_WORD}",
+            fix="give the original full-precision checkpoint",
+        )
     groups, words = width // matrix.group, rows // PER_WORD
-    zeros = {"I32"}
+    integers = frozenset({"I32"})
     if matrix.scheme.method == "compressed-tensors":
+        wanted: dict[str, tuple[tuple[int, ...], frozenset[str]]]
         wanted = {"weight_scale": ((rows, groups), SCALE_DTYPES)}
         if not matrix.scheme.symmetric:
-            wanted["weight_zero_point"] = ((words, groups), frozenset(zeros))
+            wanted["weight_zero_point"] = ((words, groups), integers)
     else:
         wanted = {
             "scales": ((groups, rows), SCALE_DTYPES),
-            "qzeros": ((groups, words), frozenset(zeros)),
+            "qzeros": ((groups, words), integers),
         }
+    for key in ("g_idx", "weight_g_idx"):
+        if f"{matrix.name}.{key}" in tensors:
+            wanted[key] = ((width,), frozenset({"I32", "I64"}))
     for key, (shape, dtypes) in wanted.items():
         info = tensors.get(f"{matrix.name}.{key}")
         if info is None or info.shape != shape or info.dtype not in dtypes:

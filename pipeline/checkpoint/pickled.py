@@ -28,6 +28,7 @@ def read_pickle(path: Path) -> tuple[dict[str, TensorInfo], dict[str, Callable[[
         torch.bfloat16: "BF16",
         torch.float64: "F64",
         torch.int64: "I64",
+        torch.int32: "I32",
     }
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

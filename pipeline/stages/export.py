@@ -56,8 +56,8 @@ def export(path: Path, model: QuantizedModel, recipe: Recipe) -> dict[str, Any]:
         return stored.rows()
 
     method = f"{recipe.quantization.rounding} with {recipe.quantization.scales} scales"
-    for matrix in source.checkpoint.packed.values():
-        method = f"repacked from {matrix.scheme.method}"
+    if source.packed_by:
+        method = f"repacked from {source.packed_by}"
     write_gguf(
         path,
         config=source.checkpoint.config,

@@ -63,6 +63,11 @@ class Source:
             folder = folder.resolve()
         return DEMO_NAME if folder == DEMO else folder.name
 
+    @property
+    def packed_by(self) -> str | None:
+        """The method of a checkpoint that is 4-bit already."""
+        return next((m.scheme.method for m in self.checkpoint.packed.values()), None)
+
     @cached_property
     def description(self) -> dict[str, Any]:
         """What the manifest says about the input; hashes every file."""
@@ -74,6 +79,7 @@ class Source:
             "parameters": checkpoint.num_parameters,
             "tied": checkpoint.tied,
             "files": checkpoint.fingerprint(),
+            **({"packed": self.packed_by} if self.packed_by else {}),
         }
 
     @cached_property
@@ -92,7 +98,8 @@ class Source:
 
 
 def open_source(recipe: Recipe, *, allow_pickle: bool) -> Source:
-    """Open and check everything that can be checked without reading weights.
+    """Open and check everything that can be checked without reading weights (of checkpoints that
+    are 4-bit already, zero points and orders are read).
 
     Raises:
         InputError: The checkpoint is missing, damaged or incomplete.

@@ -147,9 +147,12 @@ def _keep_packed(wanted: dict[str, str], checkpoint: Checkpoint, recipe: Recipe)
             why="that would quantize it a second time, or needs calibration",
             fix="leave the type out (Q4_0 or Q4_1 follows), or give the original checkpoint",
         )
-    for name in wanted.keys() - {EMBEDDING, HEAD}:
+    for name in wanted:
         matrix = checkpoint.packed.get(name)
-        wanted[name] = "F16" if matrix is None else repacked_type(matrix)
+        if matrix is not None:
+            wanted[name] = repacked_type(matrix)
+        elif name not in (EMBEDDING, HEAD):
+            wanted[name] = "F16"
 
 
 def repacked_type(matrix: PackedMatrix) -> str:

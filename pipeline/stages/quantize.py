@@ -30,7 +30,8 @@ class QuantizedModel:
     """The finished matrices, read from the run directory one part at a time.
 
     Attributes:
-        sites: One record a site: block, site, relative loss, tokens, dead inputs, damping steps.
+        sites: One record a site: block, site, relative loss, tokens, dead inputs, damping steps;
+            or one a repacked matrix, see `stages.repack`.
     """
 
     source: Source
@@ -109,7 +110,7 @@ def quantize(
         InputError: Activations or moments are not finite; names block and site.
         ResourceError: The device that the recipe asks for is not there.
     """
-    embedding = tables(source, run)[EMBEDDING]
+    embedding = _tables(source, run)[EMBEDDING]
     walk = Walk(source, embedding.dequantize(), windows, walk_settings(recipe))
     sites: list[dict[str, Any]] = []
     for index in range(walk.n_blocks):
@@ -135,7 +136,7 @@ def quantize(
     return QuantizedModel(source, run, sites)
 
 
-def tables(source: Source, run: RunDirectory) -> dict[str, StoredTensor]:
+def _tables(source: Source, run: RunDirectory) -> dict[str, StoredTensor]:
     """Embedding and head, which need no calibration, from the run directory or stored in it."""
     loaded = run.load(TABLES)
     if loaded is not None:

@@ -6,18 +6,21 @@ from typing import Any
 
 import torch
 
+from pipeline.architectures.base import EMBEDDING, HEAD
 from pipeline.checkpoint import MIDDLE, PackedMatrix
 from pipeline.errors import InputError
 from pipeline.progress import Progress
 from pipeline.quantization.formats import FP16, QuantizedTensor, get_format
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.load import Source
-from pipeline.stages.quantize import QuantizedModel, keep_part, part_of, tables
+from pipeline.stages.quantize import QuantizedModel, keep_part, part_of
 from pipeline.stages.stored import StoredTensor
+from pipeline.stages.walk import store_free
 
 
 def repack(source: Source, run: RunDirectory, progress: Progress) -> QuantizedModel:
-    """Store every packed matrix of a checkpoint as it is; embedding and head by their types.
+    """Store every packed matrix of a checkpoint as it is; embedding and head, where they are not
+    packed, in their types without data, other matrices in F16.
 
     Integers and scales of symmetric schemes are those of Q4_0, exactly if the scales are numbers of
     fp16. Zero points become offsets of Q4_1, ``-s z``, which fp16 rounds where the product has more
@@ -31,9 +34,7 @@ def repack(source: Source, run: RunDirectory, progress: Progress) -> QuantizedMo
     Raises:
         InputError: A scale is beyond fp16.
     """
-    tables(source, run)
-    names = [name for name in source.plan.types if part_of(name) != part_of(source.head)]
-    parts = list(dict.fromkeys(map(part_of, names)))
+    parts = list(dict.fromkeys(map(part_of, source.plan.types)))
     records: list[dict[str, Any]] = []
     for index, part in enumerate(parts):
         loaded = run.load(part)
@@ -41,17 +42,24 @@ def repack(source: Source, run: RunDirectory, progress: Progress) -> QuantizedMo
         if loaded is not None:
             records += loaded[1]["sites"]
             continue
-        stored, own = {}, []
-        for name in (n for n in names if part_of(n) == part):
-            matrix = source.checkpoint.packed.get(name)
-            if matrix is None:
-                stored[name] = StoredTensor.floating(source.plan.types[name], source.read(name))
-            else:
-                stored[name] = StoredTensor(source.plan.types[name], repacked(matrix))
-            own.append(_record(index, name, stored[name], source, progress))
+        stored = {n: _stored(n, source) for n in source.plan.types if part_of(n) == part}
+        own = [
+            _record(name, tensor, source, progress)
+            for name, tensor in stored.items()
+            if name in source.checkpoint.packed
+        ]
         keep_part(run, part, stored, own)
         records += own
     return QuantizedModel(source, run, records)
+
+
+def _stored(name: str, source: Source) -> StoredTensor:
+    kind, matrix = source.plan.types[name], source.checkpoint.packed.get(name)
+    if matrix is not None:
+        return StoredTensor(kind, repacked(matrix))
+    if name in (EMBEDDING, HEAD):
+        return store_free(kind, source.read(name))
+    return StoredTensor.floating(kind, source.read(name))
 
 
 def repacked(matrix: PackedMatrix) -> QuantizedTensor:
@@ -77,18 +85,15 @@ def repacked(matrix: PackedMatrix) -> QuantizedTensor:
     return QuantizedTensor(fmt, shifted, stored)
 
 
-def _record(
-    index: int, name: str, stored: StoredTensor, source: Source, progress: Progress
-) -> dict[str, Any]:
+def _record(name: str, stored: StoredTensor, source: Source, progress: Progress) -> dict[str, Any]:
     """How far the stored matrix is from what the checkpoint's one stands for."""
-    wanted, found = source.read(name).double(), stored.dequantize().double()
-    difference = found - wanted
-    loss = float(difference.square().sum() / wanted.square().sum().clamp_min(1e-300))
-    short = name.removesuffix(".weight").rpartition(".")[2]
-    progress.figure(short, loss)
+    wanted, difference = source.read(name), stored.dequantize()
+    difference -= wanted  # exact where it matters: neighbours of one magnitude
+    energy = float(wanted.norm().square())
+    loss = float(difference.norm().square()) / max(energy, 1e-300)
+    progress.figure(name.removesuffix(".weight").rpartition(".")[2], loss)
     return {
-        "block": index,
-        "site": short,
+        "matrix": name,
         "loss": loss,
         "largest_difference": float(difference.abs().max()),
         "exact": not bool(difference.any()),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.card import render_card
+from pipeline.card import METHODS, render_card
 from pipeline.errors import InputError
 from pipeline.json_text import json_text
 from pipeline.recipe_files import ResolvedRecipe, to_toml
@@ -47,7 +47,9 @@ def deliver(
     listed = replace(report, files=tuple(_entry(p) for p in sorted(staging.iterdir())))
     on_hub = record["input"]["revision"] is not None
     base = record["input"]["source"] if on_hub else None
-    card = render_card(listed, resolved.recipe, record["command"], base)
+    packed = record["input"].get("packed")
+    methods = (packed, "repacked") if packed else METHODS
+    card = render_card(listed, resolved.recipe, record["command"], base, methods=methods)
     (staging / CARD).write_text(card, encoding="utf-8")
     files = tuple(_entry(path) for path in sorted(staging.iterdir()))
     manifest = {

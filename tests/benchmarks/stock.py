@@ -70,9 +70,8 @@ def measure(
     }
     options = {key: value for key, value in shared.items() if value is not None}
     floating = folder / "full-precision.gguf"
-    if not floating.exists():
-        source = open_source(load_recipe(preset, options=options).recipe, allow_pickle=False)
-        export_twin(floating, source.read, source)
+    source = open_source(load_recipe(preset, options=options).recipe, allow_pickle=False)
+    export_twin(floating, source.read, source)
     print(HEAD + "\n" + "| --- " * 8 + "|", flush=True)
     for kind in types:
         with open_progress() as progress:

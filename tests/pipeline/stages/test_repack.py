@@ -10,12 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from pipeline import run
 from pipeline.checkpoint import open_checkpoint
 from pipeline.errors import UnsupportedError, UsageError
+from pipeline.progress import open_progress
 from runtimes.gguf_weights import GGUFWeights
 from tests.deploying import deploy, gate_statuses
 from tests.packed import write_packed
-from tests.tiny import trained_checkpoint
+from tests.tiny import make_checkpoint, trained_checkpoint
 
 OPTIONS = {"evaluation.chunks": 4, "gates.deployed_lnppl": 1.0}
 
@@ -40,6 +42,10 @@ def test_the_file_holds_the_same_integers_and_scales(
     (path,) = (tmp_path / "out").glob("*.gguf")
     assert path.name.endswith("Q4_0.gguf" if symmetric else "Q4_1.gguf")
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"decoder weights in {'Q4_0' if symmetric else 'Q4_1'}" in card
+    assert f"{manifest['input']['packed']}, repacked]" in card
+    assert "not its original" in card
     inexact = [s for s in manifest["sites"] if not s["exact"]]
     assert report.counts["matrices repacked inexactly"] == len(inexact)
     assert len(manifest["sites"]) == len(expected) == 2 * 7
@@ -92,3 +98,15 @@ def test_matrices_that_were_left_alone_stay_in_half_precision(tmp_path: Path) ->
     with closing(GGUFWeights(path, open_checkpoint(model).config)) as weights:
         kept = weights.read(f"{name}.weight")
         assert torch.equal(kept, tensors[f"{name}.weight"].half().float())
+
+
+def test_a_packed_head_is_kept_too_and_the_folder_verifies(tmp_path: Path) -> None:
+    plain, model = make_checkpoint(tmp_path / "plain", "llama"), tmp_path / "packed"
+    expected = write_packed(plain, model, "gptq", symmetric=True, head=True)
+    options = {**OPTIONS, "runtime.llamacpp": "off", "gates.deployed_kld": 1.0}
+    assert deploy(model, tmp_path / "out", options).exit_code == 0
+    (path,) = (tmp_path / "out").glob("*.gguf")
+    with closing(GGUFWeights(path, open_checkpoint(model).config)) as weights:
+        assert torch.equal(weights.read("lm_head.weight").double(), expected["lm_head.weight"])
+    with open_progress("quiet") as progress:
+        assert run.verify(tmp_path / "out", progress=progress).exit_code == 0

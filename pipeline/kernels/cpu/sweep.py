@@ -27,6 +27,18 @@ def transitions(weights, midpoints, zero, positions, columns, steps, start):  # 
     A weight crosses the midpoints of its own sign, the innermost first, at ``s = w / midpoint``.
     Writes positions in descending order, with their columns and index steps; returns their number.
     """
+    lists = _open_lists(weights, midpoints, zero, start)
+    if len(midpoints) > MERGED_LISTS:
+        return _sorted(weights, midpoints, lists, positions, columns, steps)
+    return _merge(weights, midpoints, lists, positions, columns, steps, 0, len(positions))
+
+
+@njit(cache=True)
+def _by_size(weights, midpoints, zero, start):  # type: ignore[no-untyped-def]
+    """Weights above and below zero, [2, inputs], the largest first, and their numbers, [2].
+
+    Writes the codes in the limit of large scales to `start`.
+    """
     size = len(weights)
     for i in range(size):
         start[i] = zero
@@ -34,36 +46,47 @@ def transitions(weights, midpoints, zero, positions, columns, steps, start):  # 
             if midpoints[k] == 0.0 and weights[i] != 0.0:
                 start[i] = k + 1 if weights[i] > 0.0 else k
     sizes = np.argsort(-np.abs(weights))
-    ends = np.zeros(2, np.int64)  # weights above and below zero, the largest first
+    ends = np.zeros(2, np.int64)
     sides = np.empty((2, size), np.int64)
     for i in sizes:
         if weights[i] != 0.0:
             side = 0 if weights[i] > 0.0 else 1
             sides[side, ends[side]] = i
             ends[side] += 1
-    if len(midpoints) > MERGED_LISTS:
-        return _sorted(weights, midpoints, sides, ends, positions, columns, steps)
-    return _merged(weights, midpoints, sides, ends, positions, columns, steps)
+    return sides, ends
 
 
 @njit(cache=True)
-def _merged(weights, midpoints, sides, ends, positions, columns, steps):  # type: ignore[no-untyped-def]
-    """Merges the events of every midpoint, which the order of the weights has sorted already."""
+def _open_lists(weights, midpoints, zero, start):  # type: ignore[no-untyped-def]
+    """Events of every midpoint in descending order, none taken yet.
+
+    Returns what `_by_size` does, and of each midpoint the number of events that were taken and the
+    position of the next, or 0.
+    """
+    sides, ends = _by_size(weights, midpoints, zero, start)
     lists = len(midpoints)
-    taken = np.zeros(lists, np.int64)
-    heads = np.zeros(lists)
+    taken, heads = np.zeros(lists, np.int64), np.zeros(lists)
     for k in range(lists):
         side = 0 if midpoints[k] > 0.0 else 1
         if midpoints[k] != 0.0 and ends[side] > 0:
             heads[k] = weights[sides[side, 0]] / midpoints[k]
-    count = 0
-    while True:
+    return sides, ends, taken, heads
+
+
+@njit(cache=True)
+def _merge(weights, midpoints, lists, positions, columns, steps, count, wanted):  # type: ignore[no-untyped-def]
+    """Appends events, which the order of weights has sorted within each list, to `count` others.
+
+    Returns their number: `wanted`, or less if there are no more.
+    """
+    sides, ends, taken, heads = lists
+    while count < wanted:
         largest, k = 0.0, -1
-        for other in range(lists):
+        for other in range(len(heads)):
             if heads[other] > largest:
                 largest, k = heads[other], other
         if k < 0:
-            return count
+            break
         side = 0 if midpoints[k] > 0.0 else 1
         positions[count] = largest
         columns[count] = sides[side, taken[k]]
@@ -71,11 +94,13 @@ def _merged(weights, midpoints, sides, ends, positions, columns, steps):  # type
         count += 1
         taken[k] += 1
         heads[k] = weights[sides[side, taken[k]]] / midpoints[k] if taken[k] < ends[side] else 0.0
+    return count
 
 
 @njit(cache=True)
-def _sorted(weights, midpoints, sides, ends, positions, columns, steps):  # type: ignore[no-untyped-def]
+def _sorted(weights, midpoints, lists, positions, columns, steps):  # type: ignore[no-untyped-def]
     """Sorts the events of all midpoints."""
+    sides, ends, _, _ = lists
     capacity = len(positions)
     where = np.empty(capacity)
     which, sign = np.empty(capacity, np.int64), np.empty(capacity, np.int64)
@@ -176,7 +201,10 @@ def _sweep_row(  # type: ignore[no-untyped-def]
     columns = np.empty(capacity, np.int64)
     steps = np.empty(capacity, np.int64)
     start = np.empty(size, np.int64)
-    count = transitions(weights, midpoints, zero, positions, columns, steps, start)
+    lists, count = _open_lists(weights, midpoints, zero, start), 0
+    merging = len(midpoints) <= MERGED_LISTS  # as far as the sweep gets
+    if not merging:
+        count = _sorted(weights, midpoints, lists, positions, columns, steps)
     slopes = np.empty(size)
     _slopes(weights, linear, levels, start, slopes)
     radius = max(0.5 * np.max(levels[1:] - levels[:-1]), abs(levels[zero]))
@@ -186,6 +214,9 @@ def _sweep_row(  # type: ignore[no-untyped-def]
     best_scale, best_count = 0.0, 0
     high, n = math.inf, 0
     while True:
+        if merging and n == count:
+            wanted = min(count + CHECK_EVERY, capacity)
+            count = _merge(weights, midpoints, lists, positions, columns, steps, count, wanted)
         low = positions[n] if n < count else 0.0
         # The unclamped parabola bounds the interval from below; most intervals end here.
         promising = alpha > 0.0 and alpha * alpha >= -best * beta * (1.0 - 1e-9)

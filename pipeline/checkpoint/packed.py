@@ -15,7 +15,7 @@ consecutive inputs, ``w = s (q - z)``. Where they lie in the files:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -277,7 +277,7 @@ def unpacked(weights: Weights, scheme: Scheme) -> tuple[Weights, dict[str, Packe
             tensors.pop(f"{name}.{gone}", None)
         file = weights.tensors[key].file
         tensors[f"{name}.weight"] = TensorInfo(file, "F32", shape, 4 * shape[0] * shape[1])
-        loaders[f"{name}.weight"] = _loader(matrix)
+        loaders[f"{name}.weight"] = matrix.dequantize
         matrices[f"{name}.weight"] = matrix
     if not matrices:
         raise InputError(
@@ -285,10 +285,6 @@ def unpacked(weights: Weights, scheme: Scheme) -> tuple[Weights, dict[str, Packe
             fix="download the whole model again, from one revision",
         )
     return Weights(tensors, weights.files, weights.notes, loaders), matrices
-
-
-def _loader(matrix: PackedMatrix) -> Callable[[], Tensor]:
-    return matrix.dequantize
 
 
 def _shape(info: TensorInfo, scheme: Scheme) -> tuple[int, int]:

@@ -87,8 +87,8 @@ def repacked(matrix: PackedMatrix) -> QuantizedTensor:
 
 def _record(name: str, stored: StoredTensor, source: Source, progress: Progress) -> dict[str, Any]:
     """How far the stored matrix is from what the checkpoint's one stands for."""
-    wanted, difference = source.read(name), stored.dequantize()
-    difference -= wanted  # exact where it matters: neighbours of one magnitude
+    wanted = source.read(name)
+    difference = stored.dequantize() - wanted
     energy = float(wanted.norm().square())
     loss = float(difference.norm().square()) / max(energy, 1e-300)
     progress.figure(name.removesuffix(".weight").rpartition(".")[2], loss)

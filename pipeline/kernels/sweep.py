@@ -13,6 +13,9 @@ from pipeline.quantization.formats import ScaleLattice
 CEILING_MARGIN = 1e-3
 """Relative slack of K, far above its rounding error for the pivots that are accepted."""
 
+ROUNDING = 1e-12
+"""Relative rounding error that a sum of a row's float64 products can have, generously."""
+
 SMALLEST_PIVOT = 1e-8
 """Ratio of squared pivots of the Cholesky factor of H below which K is not trusted."""
 
@@ -35,7 +38,7 @@ class SweepResult:
 def piso_sweep(
     weights: Tensor,
     hessian: Tensor,
-    linear: Tensor,
+    linear: Tensor | None,
     levels: Tensor,
     *,
     signed: bool,
@@ -67,16 +70,20 @@ def piso_sweep(
     Args:
         weights: [rows, inputs]; the values that are rounded.
         hessian: Symmetric positive semi-definite H, [inputs, inputs].
-        linear: b, [rows, inputs] (``weights @ H`` when nothing but rounding separates the two).
+        linear: b, [rows, inputs]; None stands for ``weights @ H``, where nothing but rounding
+            separates the two, and the bound K costs least.
         levels: Sorted levels at scale 1, [levels].
         signed: Also search negative scales.
         lattice: Storage lattice of the scale; None allows any real number.
         clamp: Keep the scale inside the interval whose codes it produces (the published problem).
             False fits the scale freely to each interval's codes, which are stored anyway.
     """
-    w, H, b, grid = (t.double().contiguous() for t in (weights, hessian, linear, levels))
+    w, H, grid = (t.double().contiguous() for t in (weights, hessian, levels))
+    b = w @ H if linear is None else linear.double().contiguous()
     limits = (signed, clamp, *lattice_limits(lattice))
-    ceiling = _ceiling(H, b) if clamp else torch.full_like(b[:, 0], -1)
+    ceiling = torch.full_like(b[:, 0], -1)
+    if clamp:
+        ceiling = _energy(w, H, b) if linear is None else _ceiling(H, b)
     if weights.device.type != "cpu":
         form = gpu_form("sweep", weights)
         return SweepResult(*form.piso_sweep(w, H, b, grid, *limits, ceiling))
@@ -92,6 +99,17 @@ def lattice_limits(lattice: ScaleLattice | None) -> tuple[int, int, float]:
     if lattice is None:
         return 53, -1074, float("inf")
     return lattice.significand_bits, lattice.min_step_exponent, lattice.max_value
+
+
+def _energy(weights: Tensor, hessian: Tensor, product: Tensor) -> Tensor:
+    """Upper bounds of ``w' H w``, [rows], which is ``b' H^-1 b`` for ``b = H w``.
+
+    It bounds v'b without any inverse, so H may be singular. The rounding error of the sum is far
+    below the second term, as ``|H_ij| <= sqrt(H_ii H_jj)``.
+    """
+    largest = weights.abs() @ hessian.diagonal().clamp_min(0).sqrt()
+    energy = torch.linalg.vecdot(weights, product).clamp_min(0)
+    return energy * (1 + CEILING_MARGIN) + ROUNDING * largest.square()
 
 
 def _ceiling(hessian: Tensor, linear: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels import piso_sweep
+from pipeline.kernels.cpu import sweep as compiled
+from pipeline.kernels.sweep import _ceiling, lattice_limits
 from pipeline.kernels.twin import sweep as twin
 from pipeline.quantization.formats import get_format
 from pipeline.quantization.layer import LayerOptions, quantize_layer
@@ -90,7 +92,10 @@ def channel_wise(rows: int, width: int) -> None:
 
 
 def growth(rows: int, widths: tuple[int, ...]) -> None:
-    """How the channel-wise sweep grows with the width; the bound is in^2 x out."""
+    """How the channel-wise sweep grows with the width; the bound is in^2 x out.
+
+    Its work is one pass over a row of H for every transition that it walks.
+    """
     previous = None
     for width in widths:
         W, objective = problem(rows, width, "cpu")
@@ -99,9 +104,17 @@ def growth(rows: int, widths: tuple[int, ...]) -> None:
         seconds = fastest(
             lambda W=W, H=H, b=b, levels=levels: piso_sweep(W, H, b, levels, signed=False), "cpu"
         )
-        ratio = "" if previous is None else f", {seconds / previous:.2f} times the one before"
-        print(f"channel-wise sweep {rows}x{width}: {seconds:.3f} s{ratio}")
-        previous = seconds
+        ceiling = _ceiling(H, b).numpy()
+        arrays = (W.numpy(), H.numpy(), b.numpy(), levels.double().numpy())
+        walked = compiled.piso_sweep(*arrays, False, True, *lattice_limits(None), ceiling)[3]
+        work = int(walked.sum()) * width
+        ratio = ""
+        if previous is not None:
+            ratio = f", {seconds / previous[0]:.2f} times the one before"
+            ratio += f" for {work / previous[1]:.2f} times the updates of H q"
+        rate = 8e-9 * work / seconds
+        print(f"channel-wise sweep {rows}x{width}: {seconds:.3f} s, {rate:.1f} GB/s of H{ratio}")
+        previous = seconds, work
 
 
 def chain(rows: int, width: int, device: str, name: str) -> None:

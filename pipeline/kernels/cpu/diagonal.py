@@ -11,7 +11,8 @@ import numpy as np
 from numba import njit, prange
 
 from pipeline.kernels.cpu.common import nearest
-from pipeline.kernels.cpu.sweep import best_in_interval, transitions
+from pipeline.kernels.cpu.events import transitions
+from pipeline.kernels.cpu.sweep import best_in_interval
 
 
 @njit(cache=True)

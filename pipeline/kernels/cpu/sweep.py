@@ -11,113 +11,10 @@ import numpy as np
 from numba import njit, prange
 
 from pipeline.kernels.cpu.common import lattice_step, nearest
+from pipeline.kernels.cpu.events import MERGED_LISTS, merge, open_lists, sort_events
 
 CHECK_EVERY = 16
 """Events between two tests of the pruning bound, which costs as much as one event."""
-
-
-MERGED_LISTS = 40
-"""Up to so many midpoints their sorted lists are merged; a sort of all events is faster beyond."""
-
-
-@njit(cache=True)
-def transitions(weights, midpoints, zero, positions, columns, steps, start):  # type: ignore[no-untyped-def]
-    """Transition scales of one row for positive scales, and its codes in the limit of large scales.
-
-    A weight crosses the midpoints of its own sign, the innermost first, at ``s = w / midpoint``.
-    Writes positions in descending order, with their columns and index steps; returns their number.
-    """
-    lists = _open_lists(weights, midpoints, zero, start)
-    if len(midpoints) > MERGED_LISTS:
-        return _sorted(weights, midpoints, lists, positions, columns, steps)
-    return _merge(weights, midpoints, lists, positions, columns, steps, 0, len(positions))
-
-
-@njit(cache=True)
-def _by_size(weights, midpoints, zero, start):  # type: ignore[no-untyped-def]
-    """Weights above and below zero, [2, inputs], the largest first, and their numbers, [2].
-
-    Writes the codes in the limit of large scales to `start`.
-    """
-    size = len(weights)
-    for i in range(size):
-        start[i] = zero
-        for k in range(len(midpoints)):
-            if midpoints[k] == 0.0 and weights[i] != 0.0:
-                start[i] = k + 1 if weights[i] > 0.0 else k
-    sizes = np.argsort(-np.abs(weights))
-    ends = np.zeros(2, np.int64)
-    sides = np.empty((2, size), np.int64)
-    for i in sizes:
-        if weights[i] != 0.0:
-            side = 0 if weights[i] > 0.0 else 1
-            sides[side, ends[side]] = i
-            ends[side] += 1
-    return sides, ends
-
-
-@njit(cache=True)
-def _open_lists(weights, midpoints, zero, start):  # type: ignore[no-untyped-def]
-    """Events of every midpoint in descending order, none taken yet.
-
-    Returns what `_by_size` does, and of each midpoint the number of events that were taken and the
-    position of the next, or 0.
-    """
-    sides, ends = _by_size(weights, midpoints, zero, start)
-    lists = len(midpoints)
-    taken, heads = np.zeros(lists, np.int64), np.zeros(lists)
-    for k in range(lists):
-        side = 0 if midpoints[k] > 0.0 else 1
-        if midpoints[k] != 0.0 and ends[side] > 0:
-            heads[k] = weights[sides[side, 0]] / midpoints[k]
-    return sides, ends, taken, heads
-
-
-@njit(cache=True)
-def _merge(weights, midpoints, lists, positions, columns, steps, count, wanted):  # type: ignore[no-untyped-def]
-    """Appends events, which the order of weights has sorted within each list, to `count` others.
-
-    Returns their number: `wanted`, or less if there are no more.
-    """
-    sides, ends, taken, heads = lists
-    while count < wanted:
-        largest, k = 0.0, -1
-        for other in range(len(heads)):
-            if heads[other] > largest:
-                largest, k = heads[other], other
-        if k < 0:
-            break
-        side = 0 if midpoints[k] > 0.0 else 1
-        positions[count] = largest
-        columns[count] = sides[side, taken[k]]
-        steps[count] = 1 - 2 * side
-        count += 1
-        taken[k] += 1
-        heads[k] = weights[sides[side, taken[k]]] / midpoints[k] if taken[k] < ends[side] else 0.0
-    return count
-
-
-@njit(cache=True)
-def _sorted(weights, midpoints, lists, positions, columns, steps):  # type: ignore[no-untyped-def]
-    """Sorts the events of all midpoints."""
-    sides, ends, _, _ = lists
-    capacity = len(positions)
-    where = np.empty(capacity)
-    which, sign = np.empty(capacity, np.int64), np.empty(capacity, np.int64)
-    count = 0
-    for k in range(len(midpoints)):
-        side = 0 if midpoints[k] > 0.0 else 1
-        if midpoints[k] == 0.0:
-            continue
-        for n in range(ends[side]):
-            where[count] = weights[sides[side, n]] / midpoints[k]
-            which[count] = sides[side, n]
-            sign[count] = 1 - 2 * side
-            count += 1
-    order = np.argsort(-where[:count])
-    for n in range(count):
-        positions[n], columns[n], steps[n] = where[order[n]], which[order[n]], sign[order[n]]
-    return count
 
 
 @njit(cache=True)
@@ -146,25 +43,37 @@ def best_in_interval(alpha, beta, low, high, clamp, bits, min_exponent, largest,
 
 
 @njit(cache=True)
-def _slopes(weights, linear, levels, start, slopes):  # type: ignore[no-untyped-def]
-    """Largest ``q_i b_i`` that a weight reaches on its side of zero, at least 0."""
+def _limits(weights, linear, levels, start, radius):  # type: ignore[no-untyped-def]
+    """What ``q_i b_i`` can reach, [3, inputs]: the terms of the bound in `_hopeless`.
+
+    The largest value on the weight's side of zero, at least 0; ``|w_i b_i|``; ``radius |b_i|``.
+    """
+    limits = np.empty((3, len(weights)))
     for i in range(len(weights)):
         first = last = levels[start[i]]
         if weights[i] > 0.0:
             last = levels[-1]
         elif weights[i] < 0.0:
             last = levels[0]
-        slopes[i] = max(0.0, first * linear[i], last * linear[i])
+        limits[0, i] = max(0.0, first * linear[i], last * linear[i])
+        limits[1, i] = abs(weights[i] * linear[i])
+        limits[2, i] = radius * abs(linear[i])
+    return limits
+
+
+@njit(cache=True, fastmath=True)
+def _reach(limits, scale):  # type: ignore[no-untyped-def]
+    """Upper bound of ``v'b`` for scales up to `scale`, but for the order of its sum."""
+    reach = 0.0
+    for i in range(limits.shape[1]):
+        reach += min(scale * limits[0, i], limits[1, i] + scale * limits[2, i])
+    return reach
 
 
 @njit(cache=True)
-def _hopeless(weights, linear, slopes, radius, scale, ceiling, best):  # type: ignore[no-untyped-def]
+def _hopeless(limits, scale, ceiling, best):  # type: ignore[no-untyped-def]
     """Whether no scale up to `scale` can lower the objective below `best`."""
-    reach = 0.0
-    for i in range(len(weights)):
-        nearby = abs(linear[i]) * (abs(weights[i]) + scale * radius)
-        reach += min(scale * slopes[i], nearby)
-    reach *= 1.0 + 1e-9
+    reach = _reach(limits, scale) * (1.0 + 1e-9)
     return reach < ceiling and reach * (reach / ceiling - 2.0) >= best * (1.0 - 1e-9)
 
 
@@ -201,13 +110,12 @@ def _sweep_row(  # type: ignore[no-untyped-def]
     columns = np.empty(capacity, np.int64)
     steps = np.empty(capacity, np.int64)
     start = np.empty(size, np.int64)
-    lists, count = _open_lists(weights, midpoints, zero, start), 0
+    lists, count = open_lists(weights, midpoints, zero, start), 0
     merging = len(midpoints) <= MERGED_LISTS  # as far as the sweep gets
     if not merging:
-        count = _sorted(weights, midpoints, lists, positions, columns, steps)
-    slopes = np.empty(size)
-    _slopes(weights, linear, levels, start, slopes)
+        count = sort_events(lists, positions, columns, steps)
     radius = max(0.5 * np.max(levels[1:] - levels[:-1]), abs(levels[zero]))
+    limits = _limits(weights, linear, levels, start, radius)
     indices[:] = start
     gradient = np.zeros(size)  # H q
     alpha, beta = _coefficients(levels, start, hessian, linear, gradient)
@@ -216,7 +124,7 @@ def _sweep_row(  # type: ignore[no-untyped-def]
     while True:
         if merging and n == count:
             wanted = min(count + CHECK_EVERY, capacity)
-            count = _merge(weights, midpoints, lists, positions, columns, steps, count, wanted)
+            count = merge(lists, positions, columns, steps, count, wanted)
         low = positions[n] if n < count else 0.0
         # The unclamped parabola bounds the interval from below; most intervals end here.
         promising = alpha > 0.0 and alpha * alpha >= -best * beta * (1.0 - 1e-9)
@@ -229,7 +137,7 @@ def _sweep_row(  # type: ignore[no-untyped-def]
         if n >= count:
             break
         high = low
-        if n % CHECK_EVERY == 0 and _hopeless(weights, linear, slopes, radius, high, ceiling, best):
+        if n % CHECK_EVERY == 0 and _hopeless(limits, high, ceiling, best):
             break
         i = columns[n]
         k = indices[i] + steps[n]

@@ -42,7 +42,7 @@ def _rows(target: Tensor, hessian: Tensor | None, fmt: Format, rule: ScaleRule) 
         part = slice(start, start + block)
         weights = target[:, part].double()
         metric = identity if hessian is None else hessian[part, part]
-        scales = rule(BlockProblem(weights, metric, weights @ metric), fmt)
+        scales = rule(BlockProblem(weights, metric), fmt)
         indices = scales.level_indices
         if indices is None:
             indices = _nearest(weights, scales, fmt)

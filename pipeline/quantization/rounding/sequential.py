@@ -169,8 +169,7 @@ def _problem(
     else:
         root = factor.root[part, part]
         M = root @ root.T
-    wide = weights.double()
-    return BlockProblem(wide, M, wide @ M, factor.inverse_root[part, part])
+    return BlockProblem(weights.double(), M, inverse_root=factor.inverse_root[part, part])
 
 
 def _spread(

@@ -64,7 +64,7 @@ def piso_affine(problem: BlockProblem, fmt: Format, *, signed: bool = True) -> B
             offsets, which can lie closer to the lattice.
     """
     weights, M = problem.weights.double(), problem.metric.double()
-    linear = problem.linear.double()
+    linear = problem.b.double()
     top = len(fmt.levels) - 1
     weights, codes = _rounded(weights, M, linear, top)
     signed = signed and fmt.signed_scale and fmt.scale_lattice.signed
@@ -290,7 +290,7 @@ def piso_zero_point(
 def _at_zero_point(
     problem: BlockProblem, bits: int, z: int, lattice: ScaleLattice, clamp: bool
 ) -> _Found:
-    w, M, b = problem.weights, problem.metric, problem.linear
+    w, M, b = problem.weights, problem.metric, problem.b
     levels = torch.arange(-z, 2**bits - z, dtype=torch.float64, device=w.device)
     swept = piso_sweep(w, M, b, levels, signed=False, lattice=lattice, clamp=clamp)
     zero_point = torch.full_like(swept.level_indices[:, 0], z)

@@ -37,15 +37,21 @@ class BlockProblem:
     Attributes:
         weights: Values that are rounded, [rows, block].
         metric: M, symmetric positive definite, [block, block].
-        linear: b, [rows, block]; ``weights @ metric`` when only rounding separates v from weights.
+        linear: b, [rows, block]; None stands for ``weights @ metric``, where only rounding
+            separates v from weights.
         inverse_root: Upper triangular U of the block inside the sequential solver, [block, block],
             under which columns are rounded one after the other; None under round to nearest.
     """
 
     weights: Tensor
     metric: Tensor
-    linear: Tensor
+    linear: Tensor | None = None
     inverse_root: Tensor | None = None
+
+    @property
+    def b(self) -> Tensor:
+        """The linear term, [rows, block]."""
+        return self.weights @ self.metric if self.linear is None else self.linear
 
 
 ScaleRule = Callable[[BlockProblem, Format], BlockScales]

@@ -108,7 +108,7 @@ def choose_sub_scales(
     found = fit_sub_scales(
         problem.weights,
         problem.metric,
-        problem.linear,
+        problem.b,
         (d, dmin),
         (sc, mn, None),
         fmt.grid.to(d.device),
@@ -154,9 +154,9 @@ def _group_problem(problem: BlockProblem, start: int, fmt: Format) -> BlockProbl
     if problem.inverse_root is not None:
         own = problem.inverse_root[part, part].double()
         metric = torch.cholesky_inverse(own, upper=True)
-        return BlockProblem(weights, metric, weights @ metric, own)
+        return BlockProblem(weights, metric, inverse_root=own)
     metric = problem.metric[part, part]
-    gradient = problem.linear - problem.weights @ problem.metric
+    gradient = problem.b - problem.weights @ problem.metric
     return BlockProblem(weights, metric, gradient[:, part] + weights @ metric)
 
 
@@ -168,7 +168,7 @@ def _fit_groups(parts: list[BlockProblem], fmt: Format, signed: bool) -> _Fits:
 
 def _fit_group(part: BlockProblem, fmt: Format, signed: bool) -> tuple[Tensor, ...]:
     """Scale, offset and curvatures of one group on its own, each [rows]."""
-    w, M, b = part.weights.double(), part.metric.double(), part.linear.double()
+    w, M, b = part.weights.double(), part.metric.double(), part.b.double()
     if fmt.affine:
         codes = seed_codes(w, M, b, len(fmt.levels) - 1)
         scale, offset = fit_offsets(codes, M, b)

@@ -46,17 +46,16 @@ def piso(
     Raises:
         UnsupportedError: Unknown `hessian`.
     """
-    weights, metric, linear = problem.weights, problem.metric, problem.linear
     diagonal = _diagonal(problem, hessian)
-    if diagonal is not None:
-        metric, linear = diagonal.diag(), diagonal * _centre(problem, hessian)
-    allowed, signed = signed, may_mirror(fmt, signed)
+    if diagonal is not None:  # without the solver's factor, which knows the whole metric
+        centred = diagonal * _centre(problem, hessian)
+        problem = BlockProblem(problem.weights, diagonal.diag(), centred)
     if fmt.sub_scale is not None:
-        if diagonal is not None:  # the solver's factor knows the whole metric, and would revise
-            problem = BlockProblem(weights, metric, linear)
-        return hierarchical(problem, fmt, signed=allowed)
+        return hierarchical(problem, fmt, signed=signed)
+    signed = may_mirror(fmt, signed)
     if fmt.affine:
-        return piso_affine(BlockProblem(weights, metric, linear), fmt, signed=signed)
+        return piso_affine(problem, fmt, signed=signed)
+    weights, metric, linear = problem.weights, problem.metric, problem.linear
     grid, lattice = fmt.grid.to(weights.device), fmt.scale_lattice
     if diagonal is None:
         result = piso_sweep(
@@ -64,7 +63,7 @@ def piso(
         )
     else:
         result = piso_sweep_diagonal(
-            weights, diagonal, linear, grid, signed=signed, lattice=lattice, clamp=clamp
+            weights, diagonal, problem.b, grid, signed=signed, lattice=lattice, clamp=clamp
         )
     scale = result.scales[:, None].to(weights.dtype)
     return BlockScales(scale, torch.zeros_like(scale), {"d": scale.float()}, result.level_indices)
@@ -75,9 +74,9 @@ def minimum(problem: BlockProblem) -> Tensor:
 
     Exactly the weights where b is ``weights @ metric``.
     """
-    gradient = problem.linear - problem.weights @ problem.metric
-    if not gradient.any():
+    if problem.linear is None:
         return problem.weights
+    gradient = problem.linear - problem.weights @ problem.metric
     return problem.weights + torch.linalg.solve(problem.metric, gradient.T).T
 
 

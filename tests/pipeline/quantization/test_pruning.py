@@ -144,6 +144,37 @@ def test_a_singular_hessian_has_no_ceiling() -> None:
         assert dispatcher._ceiling(H.double(), b).isinf().all()
 
 
+def test_the_energy_bounds_the_largest_decrease_of_any_hessian() -> None:
+    """No inverse is needed, so that it holds for singular H; close for others."""
+    for seed in range(16):
+        W, H, _ = problem(seed)
+        energy = ((W @ H) * W).sum(1)
+        ceiling = dispatcher._energy(W, H, W @ H)
+        assert (ceiling >= energy).all()
+        assert (ceiling <= energy * 1.01 + 1e-9 * (W.abs() @ H.diagonal().sqrt()).square()).all()
+
+
+def test_the_energy_keeps_every_bit_of_the_results() -> None:
+    pruned = 0
+    for seed in range(16):
+        W, H, _ = problem(seed)
+        b = W @ H
+        for name in GRIDS:
+            everything = run_compiled(W, H, b, GRIDS[name], HALF, disabled(b))
+            ceiling = dispatcher._energy(W, H, b)
+            got = run_compiled(W, H, b, GRIDS[name], HALF, ceiling)
+            pruned += int((everything[3] - got[3]).sum())
+            given = piso_sweep(W, H, None, torch.tensor(GRIDS[name]), signed=True, lattice=FP16)
+            for expected, value, other in zip(everything[:3], got[:3], fields(given), strict=True):
+                np.testing.assert_array_equal(value, expected)
+                np.testing.assert_array_equal(other, expected)
+    assert pruned > 0
+
+
+def fields(result) -> tuple[torch.Tensor, ...]:
+    return result.scales, result.level_indices, result.objective
+
+
 def test_a_free_scale_is_not_pruned() -> None:
     """Its codes come from small scales, but the scale that is fitted to them may be large."""
     for seed in range(20):

@@ -268,7 +268,7 @@ def test_gpfq_offers_the_scale_rule_the_loss_of_its_block() -> None:
             ]
             np.testing.assert_allclose(problem.weights[r].numpy(), aim, rtol=1e-9, atol=1e-12)
             wanted = u + X[:, part] @ W[r, part]
-            b = problem.linear[r].numpy()
+            b = problem.b[r].numpy()
             for v in rng.standard_normal((4, 8)):
                 loss = ((wanted - Xq[:, part] @ v) ** 2).sum()
                 assert v @ M @ v - 2 * v @ b == pytest.approx(loss - wanted @ wanted, rel=1e-9)

@@ -77,7 +77,7 @@ def block_problem(seed: int, width: int = 5) -> BlockProblem:
 
 def reduced(problem: BlockProblem, mode: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Metric and centre that a rule is said to look at, spelled out."""
-    centre = torch.linalg.solve(problem.metric, problem.linear.T).T
+    centre = torch.linalg.solve(problem.metric, problem.b.T).T
     if mode == "identity":
         return torch.eye(len(problem.metric), dtype=torch.float64), problem.weights
     if mode == "diagonal":

@@ -142,19 +142,19 @@ def one_thread() -> Iterator[None]:
 
 
 @cache
-def trained_checkpoint(family: str) -> Path:
+def trained_checkpoint(family: str, sizes: Sizes = TRAINED_SIZES) -> Path:
     """A briefly trained checkpoint, made once a session; copy it before changing anything in it.
 
     Random models amplify any difference and tell nothing about parity or quality. This one has
     learnt enough of Python's standard library (3.9 nats per held-out token, where token frequencies
-    alone give 5.3) to behave like a language model. 0.36 M parameters, tied head, context 256,
-    bfloat16; about 10 s of one core.
+    alone give 5.3) to behave like a language model. By default 0.36 M parameters, tied head,
+    context 256, bfloat16; about 10 s of one core.
     """
     folder = Path(tempfile.mkdtemp(prefix=f"trained-{family}-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     text = corpus("calibration", 1_000_000)
     ids = tiny_tokenizer(family).encode(text, add_special_tokens=False).ids
-    model = build_model(family, TRAINED_SIZES, 0, **special_ids(family))
+    model = build_model(family, sizes, 0, **special_ids(family))
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(WEIGHT_SCALE if weight.ndim == 2 else 1.0)

@@ -62,6 +62,10 @@ AllowFallback = Annotated[
     bool,
     _switch("--allow-fallback", "Replace types where a width does not divide.", _TYPES),
 ]
+Imatrix = Annotated[
+    str | None,
+    _option("--imatrix", "FILE", "Importance matrix in place of calibration.", _TEXT),
+]
 Emit = Annotated[
     list[str] | None,
     _option("--emit", "WHAT", "Also write imatrix or kld-base; repeatable.", _TYPES),
@@ -127,6 +131,7 @@ def recipe_options(
     output_tensor_type: OutputType = None,
     allow_fallback: AllowFallback = False,
     emit: Emit = None,
+    imatrix: Imatrix = None,
     calibration: Calibration = None,
     evaluation: Evaluation = None,
     samples: Samples = None,
@@ -146,6 +151,7 @@ def recipe_options(
         "output_tensor_type": output_tensor_type,
         "allow_fallback": allow_fallback or None,
         "emit": tuple(emit) if emit else None,
+        "imatrix": imatrix,
         "seed": seed,
         "calibration.source": calibration,
         "calibration.samples": samples,

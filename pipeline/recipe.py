@@ -291,6 +291,11 @@ class Recipe(_Frozen):
     transforms: tuple[Transform, ...] = Field(
         default=(), strict=False, description="Function-preserving rewrites, in order."
     )
+    imatrix: Name | None = Field(
+        default=None,
+        description="Importance matrix of llama-imatrix (GGUF) in place of calibration: the "
+        "diagonal of H, nothing else.",
+    )
     emit: tuple[Literal["imatrix", "kld-base"], ...] = Field(
         default=(),
         strict=False,

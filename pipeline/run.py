@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from exporters.gguf import gguf_name
@@ -25,6 +26,7 @@ from pipeline.stages.calibrate import Texts, prepare_texts
 from pipeline.stages.emit import emit
 from pipeline.stages.export import export
 from pipeline.stages.file_gates import check_tokenizer
+from pipeline.stages.importance import importance_of, quantize_weighted
 from pipeline.stages.load import Source, open_source
 from pipeline.stages.plan import TypePlan
 from pipeline.stages.quantize import QuantizedModel, quantize
@@ -89,13 +91,15 @@ def deploy(
     source, texts = _prepare(recipe, allow_pickle, progress)
     resolved = replace(resolved, recipe=_of_checkpoint(recipe, source, progress))
     check_free_space(folder, BYTES_PER_PARAMETER * source.checkpoint.num_parameters)
+    importance = importance_of(resolved.recipe, source)
     identity = _identity(resolved.recipe, source, texts)
+    identity |= _identity_of(importance)
     with RunDirectory(folder, identity, fresh=fresh, warn=progress.warning) as run:
         report = None if fresh or overwrite else _delivered(output, identity, resolved.recipe)
         if report is None:
             check_output(output, overwrite=overwrite)
             _stage(progress, "quantize")
-            model = _matrices(resolved.recipe, source, texts, run, progress)
+            model = _matrices(resolved.recipe, source, texts, importance, run, progress)
             try:
                 with publish(output, overwrite=overwrite) as staging:
                     record = {"command": command, "identity": identity}
@@ -133,6 +137,7 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     return recipe.model_copy(
         update={
             "model": absolute(recipe.model),
+            "imatrix": absolute(recipe.imatrix),
             "calibration": recipe.calibration.model_copy(update=calibration),
             "evaluation": recipe.evaluation.model_copy(update=evaluation),
         }
@@ -159,11 +164,18 @@ def _prepare(recipe: Recipe, allow_pickle: bool, progress: Progress) -> tuple[So
 
 
 def _matrices(
-    recipe: Recipe, source: Source, texts: Texts, run: RunDirectory, progress: Progress
+    recipe: Recipe,
+    source: Source,
+    texts: Texts,
+    importance: dict[str, np.ndarray],
+    run: RunDirectory,
+    progress: Progress,
 ) -> QuantizedModel:
     """Quantized here, or taken over from a checkpoint that is 4-bit already."""
     if source.checkpoint.packed:
         return repack(source, run, progress)
+    if importance:
+        return quantize_weighted(recipe, source, importance, run, progress)
     return quantize(recipe, source, texts.calibration, run, progress)
 
 
@@ -308,6 +320,16 @@ def _identity(recipe: Recipe, source: Source, texts: Texts) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
     }
+
+
+def _identity_of(importance: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """The numbers of an importance matrix, not its path, decide the bits of a block."""
+    if not importance:
+        return {}
+    digest = hashlib.sha256()
+    for name, vector in sorted(importance.items()):
+        digest.update(name.encode() + vector.tobytes())
+    return {"importance": digest.hexdigest()}
 
 
 def _deployed(gate: Gate) -> bool:

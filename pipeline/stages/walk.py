@@ -191,7 +191,7 @@ class Walk:
                 self._settings.damping,
             )
             results.append(result)
-            parts = _split(result.quantized, [len(weights[n]) for n in names])
+            parts = split_rows(result.quantized, [len(weights[n]) for n in names])
             stored |= {n: StoredTensor(kind, p) for n, p in zip(names, parts, strict=True)}
         means = (solving.hessian.diagonal() / solving.tokens).float().cpu()
         return SolvedSite(stored, _record(index, site, results, solving.tokens, objective), means)
@@ -240,7 +240,7 @@ def store_free(kind: str, weight: Tensor) -> StoredTensor:
     return StoredTensor(kind, quantize_free(weight, fmt, "absmax" if kind == "Q8_0" else "piso"))
 
 
-def _split(stacked: QuantizedTensor, rows: list[int]) -> Iterator[QuantizedTensor]:
+def split_rows(stacked: QuantizedTensor, rows: list[int]) -> Iterator[QuantizedTensor]:
     """Take apart linears that were solved together, on the CPU."""
     scales = {name: value.split(rows) for name, value in stacked.scales.items()}
     for i, codes in enumerate(stacked.codes.split(rows)):

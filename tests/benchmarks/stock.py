@@ -13,9 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
-
+from exporters.gguf.imatrix import read_imatrix
 from pipeline import run
 from pipeline.progress import Progress, open_progress
 from pipeline.recipe_files import load_recipe
@@ -26,16 +24,6 @@ from pipeline.stages.load import open_source
 from runtimes.llamacpp import quantize
 
 HEAD = "| type | MB | full precision | stock | ours | share | KLD stock | KLD ours |"
-
-
-def read_imatrix(path: Path) -> dict[str, np.ndarray]:
-    """Mean squared inputs, float32 [in], by tensor name, from an importance matrix in GGUF."""
-    tensors = {t.name: np.array(t.data, np.float32).ravel() for t in gguf.GGUFReader(path).tensors}
-    return {
-        name.removesuffix(".in_sum2"): sums / tensors[name.replace(".in_sum2", ".counts")][0]
-        for name, sums in tensors.items()
-        if name.endswith(".in_sum2")
-    }
 
 
 def measure(

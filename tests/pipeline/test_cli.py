@@ -164,7 +164,7 @@ def test_every_option_reaches_the_run(run: StubRun, invoke: Invoke, tmp_path: Pa
         "--output", tmp_path / "out", "--calibration", "c.txt", "--evaluation", "e.txt",
         "--samples", "3", "--seqlen", "32", "--preset", "best", "--set", "quantization.damping=0.5",
         "--set", "gates.twin=1e-3", "--token-embedding-type", "Q6_K", "--output-tensor-type", "F16",
-        "--pure", "--emit", "imatrix", "--emit", "kld-base",
+        "--pure", "--emit", "imatrix", "--emit", "kld-base", "--imatrix", "i.gguf",
         "--tensor-type", "ffn_down=q6_k", "--tensor-type", "attn=Q8_0",
         "--seed", "9", "--allow-fallback", "--allow-pickle", "--overwrite", "--fresh",
         "--runtime", "require", "--run-dir", tmp_path / "run", "--progress", "quiet",
@@ -174,7 +174,7 @@ def test_every_option_reaches_the_run(run: StubRun, invoke: Invoke, tmp_path: Pa
     expected = {
         "model": "my/model", "revision": "v1", "type": "Q2_0", "token_embedding_type": "Q6_K",
         "output_tensor_type": "F16", "allow_fallback": True, "seed": 9,
-        "pure": True, "emit": ("imatrix", "kld-base"),
+        "pure": True, "emit": ("imatrix", "kld-base"), "imatrix": "i.gguf",
         "tensor_types": ("ffn_down=Q6_K", "attn=Q8_0"),
         "calibration.source": "c.txt", "calibration.samples": 3, "calibration.seqlen": 32,
         "calibration.mismatch": 1.0, "evaluation.source": "e.txt", "quantization.damping": 0.5,

@@ -22,6 +22,7 @@ OTHER_VALUES: dict[str, Any] = {
     "target": "gguf",
     "type": "Q2_0",
     "pure": True,
+    "imatrix": "i.gguf",
     "emit": ("kld-base", "imatrix"),
     "token_embedding_type": "Q6_K",
     "tensor_types": ("ffn_down=Q6_K", "attn_.=Q8_0"),

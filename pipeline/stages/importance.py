@@ -1,0 +1,124 @@
+"""Quantize under an importance matrix that was measured elsewhere, without activations.
+
+All that is known of a matrix's inputs is their mean squares, so that H is diagonal: columns do not
+see each other's errors, sequential rounding is rounding to nearest, and there is no error of the
+blocks before to correct. Scales are the exact optima for that H.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from exporters.gguf import gguf_name
+from exporters.gguf.imatrix import read_imatrix
+from pipeline.architectures.base import EMBEDDING, HEAD
+from pipeline.errors import InputError, UsageError
+from pipeline.progress import Progress
+from pipeline.quantization.formats import get_format
+from pipeline.quantization.layer import LayerOptions, quantize_layer
+from pipeline.quantization.objective import LayerObjective
+from pipeline.recipe import Recipe
+from pipeline.run_directory import RunDirectory
+from pipeline.stages.load import Source
+from pipeline.stages.quantize import IMPORTANCE, QuantizedModel, keep_part, layer_options, part_of
+from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
+from pipeline.stages.walk import choose_device, split_rows, store_free
+
+
+def importance_of(recipe: Recipe, source: Source) -> dict[str, np.ndarray]:
+    """Mean squared inputs of every decoder matrix that is quantized, by Hugging Face name.
+
+    Raises:
+        InputError: The recipe's file is refused, or lacks a matrix or has another width for it.
+        UsageError: The checkpoint is 4-bit already, or the same file is asked for.
+    """
+    if recipe.imatrix is None:
+        return {}
+    if source.checkpoint.packed or "imatrix" in recipe.emit:
+        raise UsageError(
+            "--imatrix cannot be combined with a packed 4-bit checkpoint or --emit imatrix",
+            why="the one is repacked as it is, the other would write the same file again",
+            fix="leave one of the two out",
+        )
+    path = Path(recipe.imatrix)
+    measured = read_imatrix(path)
+    found = {}
+    for name, kind in source.plan.types.items():
+        if name in (EMBEDDING, HEAD) or kind in FLOAT_TYPES:
+            continue
+        width, vector = source.shapes[name][1], measured.get(gguf_name(name))
+        if vector is None or len(vector) != width:
+            what = "no entry" if vector is None else f"{len(vector)} inputs instead of {width}"
+            raise InputError(
+                f"{path} does not belong to this model: {what} for {gguf_name(name)}",
+                why="every matrix that is quantized needs the mean squares of its inputs",
+                fix="run llama-imatrix on this model, or leave --imatrix out to calibrate here",
+            )
+        found[name] = vector
+    return found
+
+
+@torch.inference_mode()
+def quantize_weighted(
+    recipe: Recipe,
+    source: Source,
+    importance: dict[str, np.ndarray],
+    run: RunDirectory,
+    progress: Progress,
+) -> QuantizedModel:
+    """Quantize every matrix of the plan; finished blocks are taken from the run directory.
+
+    Args:
+        recipe: Types and methods.
+        source: The checkpoint.
+        importance: What `importance_of` found.
+        run: Where finished blocks are kept.
+        progress: Told about blocks and the loss of each matrix.
+    """
+    progress.note("an importance matrix is a diagonal H: nothing is fed forward or corrected")
+    device = choose_device(recipe.device)
+    options = weighted_options(layer_options(recipe))
+    parts = list(dict.fromkeys(map(part_of, source.plan.types)))
+    records: list[dict[str, Any]] = []
+    for index, part in enumerate(parts):
+        loaded = run.load(part)
+        progress.block(index + 1, len(parts), resumed=loaded is not None)
+        if loaded is not None:
+            records += loaded[1]["sites"]
+            continue
+        stored, own, beside = {}, [], {}
+        for name in (name for name in source.plan.types if part_of(name) == part):
+            kind = source.plan.types[name]
+            weight = source.read(name)
+            if name not in importance:
+                stored[name] = store_free(kind, weight)
+                continue
+            means = torch.from_numpy(importance[name]).to(device)
+            objective = LayerObjective.from_moments(
+                means.double().diag(), damping=recipe.quantization.damping
+            )
+            result = quantize_layer(weight.to(device), objective, get_format(kind), options)
+            stored[name] = StoredTensor(kind, next(split_rows(result.quantized, [len(weight)])))
+            beside[f"{IMPORTANCE}{name}"] = means.float().cpu()
+            progress.figure(name.removesuffix(".weight").rpartition(".")[2], result.relative_loss)
+            own.append(
+                {
+                    "matrix": name,
+                    "loss": result.relative_loss,
+                    "damping_raised": objective.damping_raised,
+                    "dead_inputs": objective.dead_inputs,
+                }
+            )
+        keep_part(run, part, stored, own, beside)
+        records += own
+    return QuantizedModel(source, run, records)
+
+
+def weighted_options(options: LayerOptions) -> LayerOptions:
+    """The recipe's options without what needs more than a diagonal H."""
+    return replace(options, rounding="nearest", orders=1, mismatch=0.0, stream_correction=0.0)

@@ -19,7 +19,7 @@ from exporters.onnx.genai import genai_config
 from exporters.onnx.names import DATA, GENAI_CONFIG, MODEL, PROVENANCE, TYPES
 from exporters.onnx.size import Rotary
 from exporters.onnx.weights import WeightEntry
-from pipeline.errors import ResourceError, UsageError
+from pipeline.errors import PipelineError, ResourceError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,7 +67,7 @@ def write_onnx(
     model.metadata_props.update(_metadata(entries, provenance or {}))
     integers = [entry.storage.bits for entry in entries if entry.storage is not None]
     genai = genai_config(config, exact=bool(integers) and set(integers) == {4})
-    with _staging(folder) as staging:
+    with _staging(folder) as staging, _unwrapped():
         ir.save(
             model,
             staging / MODEL,
@@ -118,6 +118,20 @@ def _staging(folder: Path) -> Iterator[Path]:
         ) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Raise what reading a small tensor raised, not what onnx_ir wraps around it at each level."""
+    try:
+        yield
+    except ir.serde.SerdeError as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, PipelineError | OSError):
+            raise cause from None
+        raise
 
 
 def _sync(path: Path) -> None:

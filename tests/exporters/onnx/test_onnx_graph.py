@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx_models import TinyModel, random_ids, run, session
 
+from tests.onnx_models import TinyModel, random_ids, run, session
 from tests.tiny import FAMILIES
 
 TOLERANCE = 2e-5

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from onnx_models import EMBEDDING, HEAD, TinyModel, random_ids
 
+from tests.onnx_models import EMBEDDING, HEAD, TinyModel, random_ids
 from tests.tiny import FAMILIES
 
 

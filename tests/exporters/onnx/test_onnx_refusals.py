@@ -11,7 +11,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx_models import EMBEDDING, HEAD, TinyModel, rounded
 
 from exporters.onnx import IntegerWeight, Rotary, integer_weight, read_onnx, storage_of
 from exporters.onnx.integers import quantized_tensor
@@ -24,6 +23,7 @@ from pipeline.errors import (
     VerificationError,
 )
 from pipeline.quantization.formats import GGML_FORMATS, QuantizedTensor, get_format
+from tests.onnx_models import EMBEDDING, HEAD, TinyModel, rounded
 
 NORM = "model.norm.weight"
 LINEAR = "model.layers.0.mlp.down_proj.weight"

@@ -11,11 +11,11 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
-from onnx_models import EMBEDDING, HEAD, TinyModel, census, random_ids, rounded, run, session
 
 from exporters.onnx import integer_weight, read_onnx
 from exporters.onnx.integers import quantized_tensor
 from pipeline.quantization.formats import get_format
+from tests.onnx_models import EMBEDDING, HEAD, TinyModel, census, random_ids, rounded, run, session
 
 TOLERANCE = 2e-5
 MATRICES = ("Q2_0", "Q4_0", "Q8_0", "INT2_G32", "INT3_G16", "INT4_G64", "INT8_G64")

@@ -146,6 +146,8 @@ def test_no_print_and_no_assert(path: Path) -> None:
     ("module", "heavy"),
     [
         ("exporters.inspect", {"torch", "transformers"}),
+        ("exporters.onnx", {"torch", "onnx", "onnx_ir"}),
+        ("runtimes.onnxruntime", {"transformers", "onnx", "onnxruntime"}),
         ("runtimes.llamacpp_worker", {"torch", "transformers"}),
         ("pipeline.progress", {"torch", "transformers", "numpy"}),
         ("pipeline.cli", {"torch", "transformers", "numpy"}),

@@ -24,7 +24,11 @@ IR_VERSIONS = {21: 10, 23: 11, 25: 13}
 """IR version by opset. ONNX Runtime refuses newer ones, and onnx stamps its newest unasked."""
 
 OPSET_AT_2_BITS = 25
-"""First opset whose DequantizeLinear takes INT2."""
+"""First opset whose DequantizeLinear takes INT2.
+
+ONNX Runtime 1.32 then replaces the standard Attention by the plain operators that define it: same
+numbers, more nodes.
+"""
 
 
 def decoder_model(

@@ -9,6 +9,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir import tape
 
+from pipeline.errors import VerificationError
+
 OPERATORS_OF_RUNTIME = "com.microsoft"
 """Domain of the operators that only ONNX Runtime has."""
 
@@ -70,12 +72,15 @@ class GraphBuilder:
         shape: tuple[int, ...],
         read: Callable[[], np.ndarray],
     ) -> ir.Value:
-        """A weight, which is read only when the file is written."""
+        """A weight, which is read only when the file is written.
+
+        Saving the model raises VerificationError if the data then have another shape.
+        """
 
         def load() -> ir.Tensor:
             array = np.ascontiguousarray(read())
             if array.shape != shape:
-                raise ValueError(f"initializer {name} is {array.shape}, announced as {shape}")
+                raise VerificationError(f"{name} is {array.shape}, its entry announces {shape}")
             return ir.Tensor(array, dtype=dtype, name=name)
 
         return self._tape.initializer(ir.LazyTensor(load, dtype, ir.Shape(shape), name=name))

@@ -149,14 +149,10 @@ class Weights:
         module = HEAD if table else name
         if not scales:
             return codes if entry.type == "F32" else self._cast(codes, module)
-        scales[0] = self._cast(scales[0], f"{module}{SCALE}")
+        scale = self._cast(scales[0], f"{module}{SCALE}")
+        group = _quantized(entry).group
         return self._build.op(
-            "DequantizeLinear",
-            codes,
-            *scales,
-            name=module,
-            axis=0,
-            block_size=_quantized(entry).group,
+            "DequantizeLinear", codes, scale, name=module, axis=0, block_size=group
         )
 
     def _cast(self, value: ir.Value, name: str) -> ir.Value:

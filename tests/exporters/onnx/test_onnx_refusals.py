@@ -150,6 +150,11 @@ def narrow_groups() -> IntegerWeight:
     return integer_weight(rounded(torch.ones(64, 128), "INT4_G16"))
 
 
+def few_scales() -> IntegerWeight:
+    whole = integer_weight(rounded(torch.ones(64, 128), "INT4_G32"))
+    return dataclasses.replace(whole, scales=whole.scales[:, :3])
+
+
 REFUSED: dict[str, tuple[type[PipelineError], str, Change]] = {
     "no head": (InputError, "lm_head.weight is missing", drop(HEAD)),
     "no norm": (InputError, "model.norm.weight is missing", drop(NORM)),
@@ -172,6 +177,11 @@ REFUSED: dict[str, tuple[type[PipelineError], str, Change]] = {
         VerificationError,
         "not the INT4_G32 announced",
         replace(LINEAR, type="INT4_G32", read=narrow_groups),
+    ),
+    "few scales": (
+        VerificationError,
+        r"_scale is \(3, 64\), its entry announces \(4, 64\)",
+        replace(LINEAR, type="INT4_G32", read=few_scales),
     ),
     "codes for floats": (VerificationError, "not the float32", replace(LINEAR, read=narrow_groups)),
     "infinite": (InputError, "not finite", replace(NORM, read=infinite)),

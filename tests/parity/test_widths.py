@@ -116,6 +116,7 @@ def climb(sizes: Sizes, kind: str, output: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", WEIGHT_TYPES)
 def test_every_type_climbs_the_ladder(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
@@ -123,6 +124,7 @@ def test_every_type_climbs_the_ladder(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", WEIGHT_TYPES)
 def test_every_type_climbs_it_at_widths_that_do_not_divide(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")

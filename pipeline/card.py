@@ -18,6 +18,9 @@ from pipeline.report import Report
 METHODS = ("piso", "gptq")
 """Tags of a model that was quantized here."""
 
+WEIGHTED = ("piso", "imatrix")
+"""Tags of one that was quantized under an importance matrix: no error was fed forward."""
+
 
 def render_card(
     report: Report,

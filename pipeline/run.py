@@ -323,7 +323,7 @@ def _identity(recipe: Recipe, source: Source, texts: Texts) -> dict[str, Any]:
 
 
 def _identity_of(importance: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """The numbers of an importance matrix, not its path, decide the bits of a block."""
+    """The numbers of an importance matrix: its file may change between two runs."""
     if not importance:
         return {}
     digest = hashlib.sha256()

@@ -60,7 +60,7 @@ class OnnxFile:
         except PipelineError as error:
             raise InputError(
                 f"{self.path}: {name} is not the {kind} announced", why=str(error)
-            ) from (error)
+            ) from error
 
     def floats(self, name: str) -> NDArray[np.float32]:
         """A tensor that is not quantized, float32 in the shape of the checkpoint.

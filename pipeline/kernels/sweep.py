@@ -64,7 +64,8 @@ def piso_sweep(
        objective is at least ``t^2/K - 2t``, which falls until t = K. If T(s) < K, no scale up to s
        gets below ``T(s)^2/K - 2 T(s)``.
 
-    A singular H has no K; ``K = inf`` leaves the bound ``-2 T(s)``, which needs ``v'Hv >= 0`` only.
+    For ``b = H w``, K is ``w'Hw``, whether H is singular or not. Any other b has no K under a
+    singular H; ``K = inf`` leaves the bound ``-2 T(s)``, which needs ``v'Hv >= 0`` only.
     A free scale is not bounded by its interval, so nothing is pruned with ``clamp=False``.
 
     Args:

@@ -2,7 +2,7 @@
 
 All that is known of a matrix's inputs is their mean squares, so that H is diagonal: columns do not
 see each other's errors, sequential rounding is rounding to nearest, and there is no error of the
-blocks before to correct. Scales are the exact optima for that H.
+blocks before to correct. PiSO's scales are exact for that H where a block has one scale.
 """
 
 from __future__ import annotations
@@ -20,12 +20,18 @@ from pipeline.architectures.base import EMBEDDING, HEAD
 from pipeline.errors import InputError, UsageError
 from pipeline.progress import Progress
 from pipeline.quantization.formats import get_format
-from pipeline.quantization.layer import LayerOptions, quantize_layer
+from pipeline.quantization.layer import LayerOptions, LayerResult, quantize_layer
 from pipeline.quantization.objective import LayerObjective
 from pipeline.recipe import Recipe
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.load import Source
-from pipeline.stages.quantize import IMPORTANCE, QuantizedModel, keep_part, layer_options, part_of
+from pipeline.stages.quantize import (
+    IMPORTANCE,
+    Part,
+    QuantizedModel,
+    layer_options,
+    part_by_part,
+)
 from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
 from pipeline.stages.walk import choose_device, split_rows, store_free
 
@@ -83,40 +89,35 @@ def quantize_weighted(
     progress.note("an importance matrix is a diagonal H: nothing is fed forward or corrected")
     device = choose_device(recipe.device)
     options = weighted_options(layer_options(recipe))
-    parts = list(dict.fromkeys(map(part_of, source.plan.types)))
-    records: list[dict[str, Any]] = []
-    for index, part in enumerate(parts):
-        loaded = run.load(part)
-        progress.block(index + 1, len(parts), resumed=loaded is not None)
-        if loaded is not None:
-            records += loaded[1]["sites"]
-            continue
-        stored, own, beside = {}, [], {}
-        for name in (name for name in source.plan.types if part_of(name) == part):
-            kind = source.plan.types[name]
-            weight = source.read(name)
+
+    def make(names: list[str]) -> Part:
+        stored, records, beside = {}, [], {}
+        for name in names:
+            kind, weight = source.plan.types[name], source.read(name)
             if name not in importance:
                 stored[name] = store_free(kind, weight)
                 continue
-            means = torch.from_numpy(importance[name]).to(device)
+            means = torch.from_numpy(importance[name])
             objective = LayerObjective.from_moments(
-                means.double().diag(), damping=recipe.quantization.damping
+                means.double().diag().to(device), damping=recipe.quantization.damping
             )
             result = quantize_layer(weight.to(device), objective, get_format(kind), options)
             stored[name] = StoredTensor(kind, next(split_rows(result.quantized, [len(weight)])))
-            beside[f"{IMPORTANCE}{name}"] = means.float().cpu()
+            beside[f"{IMPORTANCE}{name}"] = means
+            records.append(_record(name, result, objective))
             progress.figure(name.removesuffix(".weight").rpartition(".")[2], result.relative_loss)
-            own.append(
-                {
-                    "matrix": name,
-                    "loss": result.relative_loss,
-                    "damping_raised": objective.damping_raised,
-                    "dead_inputs": objective.dead_inputs,
-                }
-            )
-        keep_part(run, part, stored, own, beside)
-        records += own
-    return QuantizedModel(source, run, records)
+        return Part(stored, records, beside)
+
+    return part_by_part(source, run, progress, make)
+
+
+def _record(name: str, result: LayerResult, objective: LayerObjective) -> dict[str, Any]:
+    return {
+        "matrix": name,
+        "loss": result.relative_loss,
+        "damping_raised": objective.damping_raised,
+        "dead_inputs": objective.dead_inputs,
+    }
 
 
 def weighted_options(options: LayerOptions) -> LayerOptions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,6 +145,48 @@ def _tables(source: Source, run: RunDirectory) -> dict[str, StoredTensor]:
     found = {n: store_free(types[n], source.read(n)) for n in (EMBEDDING, HEAD) if n in types}
     keep_part(run, TABLES, found, [])
     return found
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a part of the run directory holds.
+
+    Attributes:
+        stored: Matrices by Hugging Face name.
+        sites: Their records.
+        beside: More tensors, under names of their own.
+    """
+
+    stored: dict[str, StoredTensor]
+    sites: list[dict[str, Any]]
+    beside: Mapping[str, Tensor] | None = None
+
+
+def part_by_part(
+    source: Source, run: RunDirectory, progress: Progress, make: Callable[[list[str]], Part]
+) -> QuantizedModel:
+    """A model whose parts do not depend on each other; finished ones are taken from `run`.
+
+    Args:
+        source: The checkpoint.
+        run: Where finished parts are kept.
+        progress: Told about parts.
+        make: From the names of a part's matrices to their content.
+    """
+    names: dict[str, list[str]] = {}
+    for name in source.plan.types:
+        names.setdefault(part_of(name), []).append(name)
+    sites: list[dict[str, Any]] = []
+    for index, part in enumerate(names):
+        loaded = run.load(part)
+        progress.block(index + 1, len(names), resumed=loaded is not None)
+        if loaded is None:
+            made = make(names[part])
+            keep_part(run, part, made.stored, made.sites, made.beside)
+            sites += made.sites
+        else:
+            sites += loaded[1]["sites"]
+    return QuantizedModel(source, run, sites)
 
 
 def keep_part(

@@ -13,7 +13,7 @@ from pipeline.progress import Progress
 from pipeline.quantization.formats import FP16, QuantizedTensor, get_format
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.load import Source
-from pipeline.stages.quantize import QuantizedModel, keep_part, part_of
+from pipeline.stages.quantize import Part, QuantizedModel, part_by_part
 from pipeline.stages.stored import StoredTensor
 from pipeline.stages.walk import store_free
 
@@ -34,23 +34,13 @@ def repack(source: Source, run: RunDirectory, progress: Progress) -> QuantizedMo
     Raises:
         InputError: A scale is beyond fp16.
     """
-    parts = list(dict.fromkeys(map(part_of, source.plan.types)))
-    records: list[dict[str, Any]] = []
-    for index, part in enumerate(parts):
-        loaded = run.load(part)
-        progress.block(index + 1, len(parts), resumed=loaded is not None)
-        if loaded is not None:
-            records += loaded[1]["sites"]
-            continue
-        stored = {n: _stored(n, source) for n in source.plan.types if part_of(n) == part}
-        own = [
-            _record(name, tensor, source, progress)
-            for name, tensor in stored.items()
-            if name in source.checkpoint.packed
-        ]
-        keep_part(run, part, stored, own)
-        records += own
-    return QuantizedModel(source, run, records)
+
+    def make(names: list[str]) -> Part:
+        stored = {name: _stored(name, source) for name in names}
+        packed = [name for name in names if name in source.checkpoint.packed]
+        return Part(stored, [_record(n, stored[n], source, progress) for n in packed])
+
+    return part_by_part(source, run, progress, make)
 
 
 def _stored(name: str, source: Source) -> StoredTensor:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.card import METHODS, render_card
+from pipeline.card import METHODS, WEIGHTED, render_card
 from pipeline.errors import InputError
 from pipeline.json_text import json_text
 from pipeline.recipe_files import ResolvedRecipe, to_toml
@@ -49,6 +49,8 @@ def deliver(
     base = record["input"]["source"] if on_hub else None
     packed = record["input"].get("packed")
     methods = (packed, "repacked") if packed else METHODS
+    if resolved.recipe.imatrix is not None:
+        methods = WEIGHTED
     card = render_card(listed, resolved.recipe, record["command"], base, methods=methods)
     (staging / CARD).write_text(card, encoding="utf-8")
     files = tuple(_entry(path) for path in sorted(staging.iterdir()))

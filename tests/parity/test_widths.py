@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -18,30 +19,10 @@ from pipeline.stages.export import export_twin
 from pipeline.stages.load import Source, open_source
 from runtimes import llamacpp
 from tests.deploying import deploy, gate_statuses
-from tests.tiny import make_checkpoint, trained_checkpoint
+from tests.tiny import TRAINED_SIZES, make_checkpoint, trained_checkpoint
 
-WIDE = Sizes(
-    vocab=512,
-    hidden=256,
-    intermediate=512,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=64,
-    context=256,
-    tied=True,
-)
-ODD = Sizes(
-    vocab=512,
-    hidden=448,
-    intermediate=896,
-    layers=2,
-    heads=14,
-    kv_heads=2,
-    head_dim=32,
-    context=256,
-    tied=True,
-)
+WIDE = replace(TRAINED_SIZES, hidden=256, intermediate=512, head_dim=64)
+ODD = replace(TRAINED_SIZES, hidden=448, intermediate=896, heads=14)
 """The widths of small Qwen models are multiples of 32 only."""
 
 UNREADABLE = ("Q2_0", "MXFP4")

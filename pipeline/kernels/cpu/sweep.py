@@ -61,7 +61,7 @@ def _limits(weights, linear, levels, start, radius):  # type: ignore[no-untyped-
     return limits
 
 
-@njit(cache=True, fastmath=True)
+@njit(cache=True, fastmath={"reassoc"})
 def _reach(limits, scale):  # type: ignore[no-untyped-def]
     """Upper bound of ``v'b`` for scales up to `scale`, but for the order of its sum."""
     reach = 0.0

@@ -65,6 +65,8 @@ def test_scales_are_the_optimum_of_the_diagonal(tmp_path: Path) -> None:
     options = {"imatrix": matrix, "quantization.refine_rounds": 0, "runtime.llamacpp": "off"}
     report = deploy(trained_checkpoint("llama"), tmp_path / "out", {**options, "type": "Q4_0"})
     assert set(gate_statuses(report).values()) <= {"green", "not run"}
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert 'tags: [gguf, quantized, "Q4_0", piso, imatrix]' in card
     W = open_checkpoint(str(trained_checkpoint("llama"))).read(DOWN).double().numpy()
     found = weights(tmp_path / "out", DOWN).astype(np.float64)
     h = means[gguf_name(DOWN)].astype(np.float64)
@@ -88,7 +90,7 @@ def refused(matrix: str, error: type[PipelineError], match: str | None, **option
         importance_of(recipe, source)
 
 
-def test_the_numbers_decide_and_not_the_path(tmp_path: Path) -> None:
+def test_a_file_with_other_numbers_is_another_run(tmp_path: Path) -> None:
     first, same = (write(tmp_path / f"{n}.gguf", importance()) for n in "ab")
     other = write(tmp_path / "c.gguf", importance(1))
     digests = [_identity_of(importance_of(*source_and_recipe(m))) for m in (first, same, other)]

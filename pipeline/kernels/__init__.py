@@ -1,8 +1,8 @@
 """Hot loops. Each has compiled forms and a plain PyTorch twin that must agree with them.
 
 The device is chosen by where the tensors are: Numba (`pipeline.kernels.cpu`) on the CPU, Triton
-(`pipeline.kernels.gpu`) on a GPU for the dense sweep, column rounding and descent with one scale a
-group, the twin (`pipeline.kernels.twin`) for all else.
+(`pipeline.kernels.gpu`) on a GPU for the dense sweep, column rounding, descent, sub-scales and
+affine codes, the twin (`pipeline.kernels.twin`) for all else.
 """
 
 from __future__ import annotations

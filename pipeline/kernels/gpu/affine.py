@@ -55,8 +55,8 @@ def _walk_line(  # type: ignore[no-untyped-def]
     anchors,
     gains_out,
     codes_out,
+    least_curvature,
     top,
-    least,
     LINES: tl.constexpr,
     BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -75,6 +75,7 @@ def _walk_line(  # type: ignore[no-untyped-def]
     first = tl.maximum(anchor, 0)
     pull = tl.load(linear + row * WIDTH + first)
     weight = tl.load(metric + first * WIDTH + first)
+    least = tl.load(least_curvature)
     best, kept = tl.full((), 0.0, tl.float64), tl.zeros_like(codes)
     settled, going = 1, 1
     time = tl.full((), 0.0, tl.float64)
@@ -104,6 +105,11 @@ def _walk_line(  # type: ignore[no-untyped-def]
     tl.store(codes_out + line * WIDTH + columns, kept.to(tl.int32), mask=inside)
 
 
+def _double(value: float, like: Tensor) -> Tensor:
+    """A scalar in memory: Triton takes a Python float for a float32."""
+    return torch.tensor(value, dtype=torch.float64, device=like.device)
+
+
 def affine_lines(
     weights: Tensor,
     metric: Tensor,
@@ -121,7 +127,7 @@ def affine_lines(
         with on_device_of(weights):
             _walk_line[(rows * count,)](
                 *(weights, metric, linear, lines, anchors, gains, codes),
-                *(top, least, count, block_of(width), width),
+                *(_double(least, weights), top, count, block_of(width), width),
                 num_warps=1,
                 enable_fp_fusion=False,
             )
@@ -140,10 +146,10 @@ def _walk_offsets(  # type: ignore[no-untyped-def]
     offsets_out,
     codes_out,
     values_out,
-    total,
+    metric_sum,
     top,
-    lowest,
-    largest,
+    LOWEST: tl.constexpr,
+    LARGEST: tl.constexpr,
     BITS: tl.constexpr,
     MIN_EXPONENT: tl.constexpr,
     LINES: tl.constexpr,
@@ -161,7 +167,8 @@ def _walk_offsets(  # type: ignore[no-untyped-def]
     codes, place, speed = _start(w, columns, inside, -1, lines + 4 * line, top)
     gradient = _product(codes, metric, columns, inside, WIDTH)
     alpha, beta = tl.sum(codes * b, 0), tl.sum(codes * gradient, 0)
-    ones, one_b = tl.sum(codes * sums, 0), tl.sum(b, 0)
+    ones, one_b, total = tl.sum(codes * sums, 0), tl.sum(b, 0), tl.load(metric_sum)
+    lowest, largest = tl.full((), LOWEST, tl.float64), tl.full((), LARGEST, tl.float64)
     best, offset = tl.full((), float("inf"), tl.float64), tl.full((), 0.0, tl.float64)
     kept = tl.zeros_like(codes)
     settled, going = 1, 1
@@ -215,7 +222,7 @@ def affine_offsets(
         with on_device_of(weights):
             _walk_offsets[(rows * count,)](
                 *(weights, metric, linear, metric.sum(1), scales, lines, offsets, codes, values),
-                *(float(metric.sum()), top, lowest, largest, bits, min_exponent),
+                *(metric.sum(), top, lowest, largest, bits, min_exponent),
                 *(count, block_of(width), width),
                 num_warps=1,
                 enable_fp_fusion=False,

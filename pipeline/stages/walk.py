@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.architectures.base import HEAD
 from pipeline.calibration.streams import SiteMoments, Stream, site_moments
 from pipeline.errors import ResourceError
 from pipeline.quantization.formats import QuantizedTensor, get_format
@@ -24,6 +25,9 @@ from pipeline.stages.load import Source
 from pipeline.stages.mismatch_share import Estimate, moment_options, solve_with_estimate
 from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
 from runtimes.torch_reference import DecoderBlock, TorchReference
+
+HEAD_ROWS = 8192
+"""Rows of the output head that are solved together, which bounds memory."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +136,24 @@ class Walk:
                 self._float_stream.pass_site(reference, site.name)
             yield solved
 
+    def solve_head(self) -> SolvedSite:
+        """Quantize an output head that is a matrix of its own, once all blocks are passed."""
+        name = "output head"
+        norm = _FinalNorm(self._float)
+        other = None if self._float_stream is None else (norm, self._float_stream)
+        quantized = (norm, self._quantized_stream)
+        moments = site_moments("head", quantized, other, name, self._moment_options)
+        objective = self._objective(moments)
+        kind = self._source.plan.types[HEAD]
+        weight = self._source.read(HEAD).to(self._device)
+        results = [
+            self._solve([rows], kind, moments, objective) for rows in weight.split(HEAD_ROWS)
+        ]
+        stored = {HEAD: StoredTensor(kind, _joined([r.quantized for r in results]))}
+        record = _record(self.n_blocks, "head", results, moments.solving.tokens, objective)
+        record["loss"] /= len(results)
+        return SolvedSite(stored, record, _mean_squares(moments))
+
     def _moments(
         self, index: int, site: str, quantized: DecoderBlock, reference: DecoderBlock | None
     ) -> SiteMoments:
@@ -148,6 +170,16 @@ class Walk:
             self._moment_options,
         )
 
+    def _objective(self, moments: SiteMoments) -> LayerObjective:
+        solving = moments.solving
+        return LayerObjective.from_moments(
+            solving.hessian,
+            solving.cross,
+            solving.residual,
+            damping=self._settings.damping,
+            shrinkage=self._settings.shrinkage,
+        )
+
     def _solve_site(
         self,
         index: int,
@@ -156,15 +188,7 @@ class Walk:
         block: DecoderBlock,
         moments: SiteMoments,
     ) -> SolvedSite:
-        solving, apart = moments.solving, moments.held_out
-        objective = LayerObjective.from_moments(
-            solving.hessian,
-            solving.cross,
-            solving.residual,
-            damping=self._settings.damping,
-            shrinkage=self._settings.shrinkage,
-        )
-        judge = None if apart is None else HeldOut(apart.hessian, apart.cross, apart.residual)
+        objective = self._objective(moments)
         prefix = self._source.checkpoint.architecture.block_prefix(index)
         weights = {f"{prefix}{name}.weight": block.linear(name).weight for name in linears}
         kinds = {name: self._source.plan.types[name] for name in weights}
@@ -175,26 +199,54 @@ class Walk:
             if kind in FLOAT_TYPES:
                 stored |= {n: StoredTensor.floating(kind, weights[n].cpu()) for n in names}
                 continue
-            result = solve_with_estimate(
-                [weights[n] for n in names],
-                moments,
-                objective,
-                partial(
-                    quantize_layer,
-                    objective=objective,
-                    fmt=get_format(kind),
-                    options=self._settings.options,
-                    held_out=judge,
-                ),
-                self._settings.mismatch_estimate,
-                self._settings.options.mismatch,
-                self._settings.damping,
-            )
+            result = self._solve([weights[n] for n in names], kind, moments, objective)
             results.append(result)
             parts = split_rows(result.quantized, [len(weights[n]) for n in names])
             stored |= {n: StoredTensor(kind, p) for n, p in zip(names, parts, strict=True)}
-        means = (solving.hessian.diagonal() / solving.tokens).float().cpu()
-        return SolvedSite(stored, _record(index, site, results, solving.tokens, objective), means)
+        record = _record(index, site, results, moments.solving.tokens, objective)
+        return SolvedSite(stored, record, _mean_squares(moments))
+
+    def _solve(
+        self, weights: list[Tensor], kind: str, moments: SiteMoments, objective: LayerObjective
+    ) -> LayerResult:
+        """Solve linears of one type that share their inputs."""
+        apart = moments.held_out
+        judge = None if apart is None else HeldOut(apart.hessian, apart.cross, apart.residual)
+        return solve_with_estimate(
+            weights,
+            moments,
+            objective,
+            partial(
+                quantize_layer,
+                objective=objective,
+                fmt=get_format(kind),
+                options=self._settings.options,
+                held_out=judge,
+            ),
+            self._settings.mismatch_estimate,
+            self._settings.options.mismatch,
+            self._settings.damping,
+        )
+
+
+class _FinalNorm:
+    """The final norm as a block whose only site is the head."""
+
+    def __init__(self, model: TorchReference) -> None:
+        self._model = model
+
+    def site_input(self, site: str, residual: Tensor, heads: Tensor | None = None) -> Tensor:
+        return self._model.head_input(residual)
+
+
+def _mean_squares(moments: SiteMoments) -> Tensor:
+    return (moments.solving.hessian.diagonal() / moments.solving.tokens).float().cpu()
+
+
+def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """Rows that were solved apart, on the CPU."""
+    scales = {n: torch.cat([p.scales[n] for p in parts]).cpu() for n in parts[0].scales}
+    return QuantizedTensor(parts[0].format, torch.cat([p.codes for p in parts]).cpu(), scales)
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -16,6 +16,7 @@ from typing import Annotated, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationInfo,
@@ -24,6 +25,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from pipeline.mixes import BASES
+from pipeline.sizes import parse_size, size_label
 from pipeline.suggest import did_you_mean
 from pipeline.transforms import TRANSFORMS
 
@@ -39,6 +41,12 @@ TABLE_TYPES = (*WEIGHT_TYPES, "F16", "F32")
 
 FILE_TYPES = tuple(dict.fromkeys((*WEIGHT_TYPES, *BASES)))
 """What a file can be made of: types, and llama-quantize's mixes of them."""
+
+DEFAULT_TYPE = "Q4_0"
+"""Type of the weights where neither a type nor a budget is given."""
+
+BUDGETS = ("target_size", "target_bpw")
+"""Keys that give a budget instead of a type."""
 
 Value = str | int | float | bool | None | tuple[str, ...]
 """What a recipe key can hold."""
@@ -83,6 +91,9 @@ def _tensor_type(text: str) -> str:
 
 WeightType = Annotated[str, _one_of(FILE_TYPES)]
 TensorType = Annotated[str, AfterValidator(_tensor_type)]
+Size = Annotated[
+    int, Field(ge=1), BeforeValidator(lambda v: parse_size(v) if isinstance(v, str) else v)
+]
 TableType = Annotated[str, _one_of(TABLE_TYPES)]
 Transform = Annotated[str, AfterValidator(_known_transform)]
 Name = Annotated[str, Field(min_length=1)]
@@ -265,10 +276,22 @@ class Recipe(_Frozen):
     )
     revision: Name | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     target: Literal["gguf"] = Field(default="gguf", description="File format to produce.")
-    type: WeightType = Field(
-        default="Q4_0", description="Type of the weights, or a mix of llama-quantize."
+    type: WeightType | None = Field(
+        default=None,
+        description=f"Type of the weights, or a mix of llama-quantize; unset: {DEFAULT_TYPE}, or "
+        "what a budget buys.",
     )
     pure: bool = Field(default=False, description="All matrices in the one type, no mix.")
+    target_size: Size | None = Field(
+        default=None,
+        description="Most bytes that the file may have; each matrix gets the type that serves "
+        "best. Also 15MB or 14.5MiB.",
+    )
+    target_bpw: float | None = Field(
+        default=None,
+        gt=0,
+        description="The same as bits of the file for each parameter of the model.",
+    )
     token_embedding_type: TableType | None = Field(
         default=None, description="Type of the token embedding; unset: as the mix has it."
     )
@@ -314,6 +337,44 @@ class Recipe(_Frozen):
         if revision is not None and info.data.get("model") is None:
             raise ValueError("only a hub model has revisions, and no model is given")
         return revision
+
+    @field_validator(*BUDGETS)
+    @classmethod
+    def _replaces_a_type(
+        cls, budget: int | float | None, info: ValidationInfo
+    ) -> int | float | None:
+        given = [key for key in ("type", *BUDGETS) if info.data.get(key) is not None]
+        given += ["pure"] if info.data.get("pure") else []
+        if budget is not None and given:
+            raise ValueError(
+                f"{given[0]} is given too, and a budget chooses the types itself "
+                "(token_embedding_type, output_tensor_type and tensor_types pin single ones)"
+            )
+        return budget
+
+    @field_validator("imatrix")
+    @classmethod
+    def _needs_no_gradients(cls, imatrix: str | None, info: ValidationInfo) -> str | None:
+        if imatrix is not None and any(info.data.get(key) is not None for key in BUDGETS):
+            raise ValueError("a budget is spent by what calibration text tells, not a diagonal")
+        return imatrix
+
+    @property
+    def weight_type(self) -> str:
+        """The type or mix asked for, by default `DEFAULT_TYPE`; what a budget starts from."""
+        return self.type or DEFAULT_TYPE
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether types are chosen under a budget."""
+        return self.target_size is not None or self.target_bpw is not None
+
+    @property
+    def label(self) -> str:
+        """The type or the budget, for names of files and people."""
+        if self.target_size is not None:
+            return size_label(self.target_size)
+        return self.weight_type if self.target_bpw is None else f"{self.target_bpw:g}bpw"
 
     def flat(self) -> dict[str, Value]:
         """Every value under its dotted key (``calibration.samples``), in field order."""

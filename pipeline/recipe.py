@@ -15,9 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
@@ -25,6 +23,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from pipeline.mixes import BASES
+from pipeline.recipe_quantization import Frozen, Quantization
 from pipeline.sizes import parse_size, size_label
 from pipeline.suggest import did_you_mean
 from pipeline.transforms import TRANSFORMS
@@ -99,13 +98,7 @@ Transform = Annotated[str, AfterValidator(_known_transform)]
 Name = Annotated[str, Field(min_length=1)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
-    )
-
-
-class Calibration(_Frozen):
+class Calibration(Frozen):
     """The text that the second moments H and G are measured on."""
 
     source: Name | None = Field(
@@ -148,66 +141,7 @@ class Calibration(_Frozen):
     )
 
 
-class Quantization(_Frozen):
-    """How scales and codes are chosen."""
-
-    scales: Literal["absmax", "mse", "proxy", "piso", "lookahead"] = Field(
-        default="piso",
-        description="How scales are chosen: range, weight error, LDL diagonal of the Hessian, "
-        "exact optimum, or exact optimum judged by the loss after rounding the group.",
-    )
-    hessian: Literal["dense", "diagonal", "identity"] = Field(
-        default="dense", description="What piso keeps of the Hessian."
-    )
-    free_scales: bool = Field(
-        default=False,
-        description="Let piso fit a scale outside the range that rounds to its codes.",
-    )
-    rounding: Literal["nearest", "groupwise", "gptq", "gptaq", "qronos", "gpfq"] = Field(
-        default="gptq",
-        description="How codes are chosen; gptq spreads each error onto later columns.",
-    )
-    interleave: Literal["group", "layer"] = Field(
-        default="group",
-        description="When scales are chosen: as rounding enters each group, or before it starts.",
-    )
-    passes: int = Field(
-        default=1,
-        ge=0,
-        description="Passes over the groups of groupwise rounding and layer scales.",
-    )
-    metric: Literal["schur", "block"] = Field(
-        default="schur",
-        description="Metric of a group's scale: the Hessian's Schur complement (columns still "
-        "free) or its diagonal block.",
-    )
-    signed: bool = Field(
-        default=True, description="Let scales be negative where the format stores a sign."
-    )
-    activation_order: bool = Field(
-        default=True, description="Round the columns with the largest activations first."
-    )
-    orders: int = Field(
-        default=1, ge=1, description="Orders of groups that are tried; every row keeps its best."
-    )
-    refine_rounds: int = Field(
-        default=0,
-        ge=0,
-        description="Most rounds of refitting all scales of a row and descending on its codes.",
-    )
-    damping: float = Field(
-        default=0.01, ge=0, le=1, description="Added to H's diagonal, as a fraction of its mean."
-    )
-    shrinkage: float = Field(
-        default=0.0,
-        ge=0,
-        le=10,
-        description="Ridge penalty on targets, in units of damping. Can lower perplexity on text "
-        "unlike the training text; moves away from the full precision model.",
-    )
-
-
-class Evaluation(_Frozen):
+class Evaluation(Frozen):
     """The text and the protocols that quality and parity are measured with."""
 
     source: Name | None = Field(
@@ -222,7 +156,7 @@ class Evaluation(_Frozen):
     )
 
 
-class Gates(_Frozen):
+class Gates(Frozen):
     """Limits of the parity ladder; beyond one, the run fails."""
 
     twin: float = Field(
@@ -257,7 +191,7 @@ class Gates(_Frozen):
     )
 
 
-class Runtime(_Frozen):
+class Runtime(Frozen):
     """Which runtimes prove the file, and for how long they may run."""
 
     llamacpp: Literal["auto", "require", "off"] = Field(
@@ -268,7 +202,7 @@ class Runtime(_Frozen):
     )
 
 
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """Everything that decides what a run does."""
 
     model: Name | None = Field(
@@ -402,7 +336,7 @@ def recipe_fields() -> dict[str, FieldInfo]:
     """Every key of a recipe, dotted, with its default and description; top-level keys first."""
     fields: dict[str, FieldInfo] = {}
     for name, field in Recipe.model_fields.items():
-        if isinstance(field.default, _Frozen):
+        if isinstance(field.default, Frozen):
             section = type(field.default).model_fields
             fields.update({f"{name}.{key}": leaf for key, leaf in section.items()})
         else:

@@ -102,7 +102,6 @@ def deploy(
         if report is None:
             check_output(output, overwrite=overwrite)
             source, allocation = _allocated(resolved.recipe, source, texts, run, progress)
-            _stage(progress, "quantize")
             model = _matrices(resolved.recipe, source, texts, importance, run, progress)
             try:
                 with publish(output, overwrite=overwrite) as staging:
@@ -194,6 +193,7 @@ def _matrices(
     progress: Progress,
 ) -> QuantizedModel:
     """Quantized here, or taken over from a checkpoint that is 4-bit already."""
+    _stage(progress, "quantize")
     if source.checkpoint.packed:
         return repack(source, run, progress)
     if importance:

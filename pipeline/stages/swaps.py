@@ -201,11 +201,11 @@ def swaps(types: Types, losses: Losses, sizes: FileSizes, budget: int) -> list[S
         at = sizes.of(name, kind)
         up = [k for k in ladder if sizes.of(name, k) > at]
         down = [k for k in ladder if sizes.of(name, k) < at]
-        for found, to in ((larger, up[:1]), (smaller, down[-1:])):
+        for moves, to in ((larger, up[:1]), (smaller, down[-1:])):
             for k in to:
                 change = losses[name][k] - losses[name][kind]
-                found.append((name, k, sizes.of(name, k) - at, change))
-    found = [Swap(((name, kind),), change) for name, kind, extra, change in larger if extra <= room]
+                moves.append((name, k, sizes.of(name, k) - at, change))
+    found = [Swap(((n, kind),), change) for n, kind, extra, change in larger if extra <= room]
     for name, kind, extra, change in larger:
         for other, kind2, extra2, change2 in smaller:
             if name != other and extra + extra2 <= room:

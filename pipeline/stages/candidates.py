@@ -15,13 +15,13 @@ from exporters.gguf import gguf_name
 from pipeline.architectures.base import EMBEDDING, HEAD
 from pipeline.errors import ResourceError
 from pipeline.quantization.formats import get_format
-from pipeline.quantization.layer import LayerOptions, quantize_layer
+from pipeline.quantization.layer import LayerOptions, quantize_free, quantize_layer
 from pipeline.quantization.objective import LayerObjective
 from pipeline.recipe import Recipe, split_tensor_type
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.quantize import layer_options, part_of
 from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
-from pipeline.stages.walk import split_rows
+from pipeline.stages.walk import split_rows, store_free
 
 if TYPE_CHECKING:
     from pipeline.stages.load import Source
@@ -122,6 +122,24 @@ def solve_site(
         parts = split_rows(solved.quantized, [len(weights[n]) for n in names])
         for name, part in zip(names, parts, strict=True):
             yield Candidate(name, StoredTensor(kind, part), share)
+
+
+def solve_table(name: str, kind: str, weight: Tensor) -> Candidate:
+    """Embedding or head in one candidate type.
+
+    Args:
+        name: Hugging Face name.
+        kind: The type.
+        weight: Float weights, [vocabulary, hidden].
+    """
+    if kind in FLOAT_TYPES:
+        return Candidate(name, StoredTensor.floating(kind, weight))
+    quick = quantize_free(weight, get_format(kind), "absmax")
+    rows = torch.arange(0, len(weight), max(1, len(weight) // PROBED_ROWS))
+    probe = store_free(kind, weight[rows]).dequantize() - weight[rows]
+    errors = quick.dequantize()[rows] - weight[rows]
+    share = float(probe.double().square().sum() / errors.double().square().sum().clamp_min(1e-300))
+    return Candidate(name, StoredTensor(kind, quick), share)
 
 
 def probe_options(recipe: Recipe) -> LayerOptions:

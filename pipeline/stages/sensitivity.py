@@ -36,9 +36,10 @@ from pipeline.stages.candidates import (
     candidates_part,
     probe_options,
     solve_site,
+    solve_table,
 )
 from pipeline.stages.load import Source
-from pipeline.stages.walk import choose_device, store_free
+from pipeline.stages.walk import choose_device
 from runtimes.metrics import kl_divergence
 from runtimes.torch_reference import DecoderBlock, TorchReference
 
@@ -170,9 +171,7 @@ class Sensitivity:
             return dict(loaded[1]["losses"])
         self._progress.phase("embedding and head")
         pairs = [(name, kind) for name in names for kind in self._types[name]]
-        stored = [
-            Candidate(name, store_free(kind, self._source.read(name))) for name, kind in pairs
-        ]
+        stored = [solve_table(name, kind, self._source.read(name)) for name, kind in pairs]
         self._store.keep(candidates_part(EMBEDDING), stored)
         losses: Losses = {name: {} for name in names}
         model = Divergence(self._float, self._head, final)

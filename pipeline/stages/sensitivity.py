@@ -46,6 +46,10 @@ from runtimes.torch_reference import DecoderBlock, TorchReference
 MOMENT_WINDOWS, SCORED_WINDOWS, JUDGED_WINDOWS = 32, 16, 8
 """Most calibration windows that H, the scores, and the verdict on swaps are measured on."""
 
+TABLE_WINDOWS = 4
+"""Of the scored windows, those that embedding and head are measured on: without sampling, a few
+are enough."""
+
 RESIDUAL, GRADIENT = "residual", "gradient"
 TABLE_LOSSES = "sensitivity-tables"
 
@@ -174,6 +178,8 @@ class Sensitivity:
         stored = [solve_table(name, kind, self._source.read(name)) for name, kind in pairs]
         self._store.keep(candidates_part(EMBEDDING), stored)
         losses: Losses = {name: {} for name in names}
+        tokens = self._windows.scored[:TABLE_WINDOWS].to(self._device)
+        final = final[:TABLE_WINDOWS]
         model = Divergence(self._float, self._head, final)
         for number, (name, kind) in enumerate(pairs):
             self._progress.block(number + 1, len(pairs))
@@ -182,8 +188,7 @@ class Sensitivity:
             head = table if name == self._source.head else None
             moved = final
             if name == EMBEDDING:
-                rows = nn.functional.embedding(self._windows.scored.to(self._device), table)
-                moved = self._through(rows)
+                moved = self._through(nn.functional.embedding(tokens, table))
             losses[name][kind] = model.mean(moved, head)
         self._run.store(TABLE_LOSSES, {}, {"losses": losses})
         return losses

@@ -16,6 +16,7 @@ from pipeline.run_directory import RunDirectory
 from pipeline.stages.candidates import CandidateStore, choices
 from pipeline.stages.load import Source, open_source
 from pipeline.stages.sensitivity import (
+    TABLE_WINDOWS,
     Losses,
     Sensitivity,
     WindowSplit,
@@ -153,8 +154,11 @@ def exact_losses(
     before, store = log_probabilities(model, scored), CandidateStore(run)
     weights = dict(model.named_parameters())
     found = []
-    for name, kinds in losses.items():
+    for name, kinds in sorted(losses.items(), key=lambda item: item[0] == EMBEDDING):
         weight = weights[name]
+        if name == EMBEDDING:
+            scored = scored[:TABLE_WINDOWS]
+            before = log_probabilities(model, scored)
         kept = weight.detach().clone()
         for kind, estimate in kinds.items():
             with torch.no_grad():
@@ -247,7 +251,7 @@ def test_the_judge_sees_the_whole_model_whatever_it_has_seen_before(
     weights = {n: w for n, w in library.named_parameters() if n in losses}
     floats = {n: w.clone() for n, w in weights.items()}
     generator = torch.Generator().manual_seed(0)
-    types = {name: list(kinds)[0] for name, kinds in losses.items()}
+    types = {name: next(iter(kinds)) for name, kinds in losses.items()}
     for step in range(8):
         moved = list(types)[int(torch.randint(len(types), (1,), generator=generator))]
         moved = EMBEDDING if step == 4 else moved

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-MOST_STATES = 200_000
-"""Partial solutions kept after a group: 3 MB each hundred thousand, and 1 byte for each group."""
+MOST_STATES = 100_000
+"""Partial solutions kept after a group: at most 0.6 MB for each group, and 30 MB at work."""
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -175,7 +175,7 @@ def _search(
     best = _total(losses, incumbent)
     slack = 1e-12 * sum(float(np.abs(loss).max()) for loss in losses)
     cost, loss = np.zeros(1, dtype=np.int64), np.zeros(1)
-    history: list[tuple[Integers, Integers]] = []
+    history: list[tuple[NDArray[np.int32], NDArray[np.int16]]] = []
     dropped = np.inf
     for group, (own_cost, own_loss) in enumerate(zip(costs, losses, strict=True)):
         parents, options = np.divmod(np.arange(len(cost) * len(own_cost)), len(own_cost))
@@ -189,7 +189,7 @@ def _search(
             order = np.argsort(bound, kind="stable")
             dropped = min(dropped, float(bound[order[most_states]]))
             kept = kept[np.sort(order[:most_states])]
-        history.append((parents[kept], options[kept]))
+        history.append((parents[kept].astype(np.int32), options[kept].astype(np.int16)))
         cost, loss = cost[kept], loss[kept]
     found = _trace(history)
     return (found if found and _total(losses, found) <= best else incumbent), dropped
@@ -203,7 +203,7 @@ def _pareto(cost: Integers, loss: Floats) -> Integers:
     return order[ordered < before]
 
 
-def _trace(history: Sequence[tuple[Integers, Integers]]) -> list[int]:
+def _trace(history: Sequence[tuple[NDArray[np.int32], NDArray[np.int16]]]) -> list[int]:
     """The options on the way to the last, least loss state; empty if no state was left."""
     if len(history[-1][0]) == 0:
         return []

@@ -7,7 +7,7 @@ model's predictions closer to the float ones.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -153,23 +153,24 @@ def improve(
     before, states = judge.judge(types)
     judge.accept(types, states)
     best, kept = before, []
-    tried: set[tuple[tuple[str, str], ...]] = set()
+    seen = {frozenset(types.items())}
     used: dict[tuple[str, str], int] = {}
     for number in range(TRIES):
-        swap = next(_open(types, losses, sizes, budget, tried, used), None)
+        swap = next(_open(types, losses, sizes, budget, seen, used), None)
         if swap is None:
             break
         progress.block(number + 1, TRIES)
-        tried.add(swap.moves)
+        changed = types | dict(swap.moves)
+        seen.add(frozenset(changed.items()))
         for move in swap.moves:
             used[move] = used.get(move, 0) + 1
-        found, states = judge.judge(types | dict(swap.moves))
+        found, states = judge.judge(changed)
         progress.figure("KLD", found)
         if found < best:
-            types, best = types | dict(swap.moves), found
+            types, best = changed, found
             judge.accept(types, states)
             kept.append((swap, found))
-    return Swapped(types, before, best, len(tried), tuple(kept))
+    return Swapped(types, before, best, len(seen) - 1, tuple(kept))
 
 
 def _open(
@@ -177,13 +178,13 @@ def _open(
     losses: Losses,
     sizes: FileSizes,
     budget: int,
-    tried: set[tuple[tuple[str, str], ...]],
+    seen: Set[frozenset[tuple[str, str]]],
     used: Mapping[tuple[str, str], int],
 ) -> Iterator[Swap]:
-    """Exchanges that are worth a try, the most promising first."""
+    """Exchanges that are worth a try, the most promising first: to plans that were not judged."""
     for swap in swaps(types, losses, sizes, budget):
         worn = any(used.get(move, 0) >= TRIES_PER_MOVE for move in swap.moves)
-        if swap.moves not in tried and not worn:
+        if not worn and frozenset((types | dict(swap.moves)).items()) not in seen:
             yield swap
 
 

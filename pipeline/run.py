@@ -19,12 +19,12 @@ from pipeline.recipe_files import ResolvedRecipe, load_recipe
 from pipeline.report import Gate, Report
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.allocate import (
-    CANDIDATE_BYTES,
     Allocation,
     allocate,
     check_budget,
     check_size,
     delivered_types,
+    disk_bytes,
     with_types,
 )
 from pipeline.stages.calibrate import Texts, prepare_texts
@@ -118,8 +118,8 @@ def deploy(
 
 def _check_disk(folder: Path, source: Source, recipe: Recipe) -> None:
     """Refuse a disk that would be full before the end."""
-    each = BYTES_PER_PARAMETER + (CANDIDATE_BYTES if recipe.budgeted else 0)
-    check_free_space(folder, each * source.checkpoint.num_parameters)
+    measured = disk_bytes(source, recipe) if recipe.budgeted else 0
+    check_free_space(folder, BYTES_PER_PARAMETER * source.checkpoint.num_parameters + measured)
 
 
 def _allocated(

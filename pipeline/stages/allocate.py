@@ -20,15 +20,15 @@ from pipeline.stages.candidates import CandidateStore, choices
 from pipeline.stages.export import FileSizes, file_sizes
 from pipeline.stages.load import Source
 from pipeline.stages.plan import TypePlan
-from pipeline.stages.sensitivity import Losses, Sensitivity, WindowSplit
+from pipeline.stages.sensitivity import SCORED_WINDOWS, Losses, Sensitivity, WindowSplit
 from pipeline.stages.stored import FLOAT_TYPES
 from pipeline.stages.swaps import PlanJudge, Swapped, improve
 from pipeline.stages.walk import choose_device
 
 ALLOCATION = "allocation"
 
-CANDIDATE_BYTES = 10
-"""Disk that candidates of a parameter take, see `stages.sensitivity`."""
+CANDIDATE_BYTES = 9.5
+"""Disk that the candidates of a parameter take: 7 of a byte for the code, and scales."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,14 @@ def budget_bytes(recipe: Recipe, parameters: int) -> int:
     if recipe.target_bpw is None:
         raise ValueError("the recipe has no budget")
     return int(recipe.target_bpw * parameters / 8)
+
+
+def disk_bytes(source: Source, recipe: Recipe) -> int:
+    """What the run directory takes for candidates, and for streams and gradients at every block."""
+    size = source.checkpoint.architecture.dimensions(source.checkpoint.config)
+    scored = SCORED_WINDOWS * recipe.calibration.seqlen * size.hidden * 4
+    candidates = int(CANDIDATE_BYTES * source.checkpoint.num_parameters)
+    return candidates + 2 * size.layers * scored
 
 
 def check_budget(source: Source, recipe: Recipe) -> None:

@@ -17,7 +17,13 @@ from pipeline.errors import InputError, PipelineError, UsageError, VerificationE
 from pipeline.progress import open_progress
 from pipeline.recipe_files import load_recipe
 from pipeline.run_directory import RunDirectory
-from pipeline.stages.allocate import Allocation, allocate, check_size, delivered_types
+from pipeline.stages.allocate import (
+    Allocation,
+    allocate,
+    check_size,
+    delivered_types,
+    disk_bytes,
+)
 from pipeline.stages.candidates import NARROW, WIDE, candidate_types, choices
 from pipeline.stages.export import FileSizes, file_sizes
 from pipeline.stages.load import Source, open_source
@@ -207,6 +213,9 @@ def test_deploy_continues_from_a_dry_run(
     delivered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = planned(tmp_path / "out", BUDGET)
+    parts = sum(path.stat().st_size for path in (tmp_path / "out.piso-run" / "parts").iterdir())
+    source, recipe = opened(trained_checkpoint("llama"), **{**SMALL, **BUDGET})
+    assert 0.3 * disk_bytes(source, recipe) < parts < disk_bytes(source, recipe)
     manifest = json.loads((delivered / "manifest.json").read_text())
     assert {n: kind for n, (kind, _) in found.items()} == {
         n: t["type"] for n, t in manifest["tensors"].items()

@@ -70,14 +70,23 @@ def deploy(
         resolved = choice.resolve()
         from pipeline import run
 
+        output = output or _default_output(resolved.recipe.model, resolved.recipe.label)
         if dry_run:
             from pipeline.tables import print_plan
 
-            print_plan(run.plan(resolved, allow_pickle=allow_pickle), _console())
+            found = run.plan(
+                resolved,
+                output=output,
+                run_dir=run_dir,
+                fresh=fresh,
+                allow_pickle=allow_pickle,
+                progress=reporter,
+            )
+            print_plan(found, _console())
             return
         report = run.deploy(
             resolved,
-            output=output or _default_output(resolved.recipe.model, resolved.recipe.type),
+            output=output,
             run_dir=run_dir,
             overwrite=overwrite,
             fresh=fresh,
@@ -191,6 +200,6 @@ def _console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
-def _default_output(model: str | None, weight_type: str) -> Path:
+def _default_output(model: str | None, label: str) -> Path:
     name = Path(model).resolve().name if model else "demo"
-    return Path(f"{name}-{weight_type}-gguf")
+    return Path(f"{name}-{label}-gguf")

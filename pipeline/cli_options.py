@@ -47,6 +47,14 @@ Target = Annotated[str | None, _option("--target", "FORMAT", "File format: gguf.
 WeightType = Annotated[
     str | None, _option("--type", "T", "Of the weights: Q4_0, Q2_K, Q4_K_M, ...", _TYPES)
 ]
+TargetSize = Annotated[
+    str | None,
+    _option("--target-size", "SIZE", "Most bytes of the file, in place of a type: 15MB.", _TYPES),
+]
+TargetBpw = Annotated[
+    float | None,
+    _option("--target-bpw", "BITS", "The same, in bits of the file a parameter.", _TYPES),
+]
 Pure = Annotated[bool, _switch("--pure", "All matrices in the one type, no mix.", _TYPES)]
 TensorTypes = Annotated[
     list[str] | None,
@@ -125,6 +133,8 @@ def recipe_options(
     revision: Revision = None,
     target: Target = None,
     weight_type: WeightType = None,
+    target_size: TargetSize = None,
+    target_bpw: TargetBpw = None,
     pure: Pure = False,
     tensor_types: TensorTypes = None,
     token_embedding_type: EmbeddingType = None,
@@ -145,6 +155,8 @@ def recipe_options(
         "revision": revision,
         "target": target,
         "type": weight_type,
+        "target_size": target_size,
+        "target_bpw": target_bpw,
         "pure": pure or None,
         "tensor_types": tuple(tensor_types) if tensor_types else None,
         "token_embedding_type": token_embedding_type,

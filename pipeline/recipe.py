@@ -15,8 +15,7 @@ from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
+    BeforeValidator,
     Field,
     ValidationInfo,
     field_validator,
@@ -24,6 +23,8 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from pipeline.mixes import BASES
+from pipeline.recipe_quantization import Frozen, Quantization
+from pipeline.sizes import parse_size, size_label
 from pipeline.suggest import did_you_mean
 from pipeline.transforms import TRANSFORMS
 
@@ -39,6 +40,12 @@ TABLE_TYPES = (*WEIGHT_TYPES, "F16", "F32")
 
 FILE_TYPES = tuple(dict.fromkeys((*WEIGHT_TYPES, *BASES)))
 """What a file can be made of: types, and llama-quantize's mixes of them."""
+
+DEFAULT_TYPE = "Q4_0"
+"""Type of the weights where neither a type nor a budget is given."""
+
+BUDGETS = ("target_size", "target_bpw")
+"""Keys that give a budget instead of a type."""
 
 Value = str | int | float | bool | None | tuple[str, ...]
 """What a recipe key can hold."""
@@ -83,18 +90,15 @@ def _tensor_type(text: str) -> str:
 
 WeightType = Annotated[str, _one_of(FILE_TYPES)]
 TensorType = Annotated[str, AfterValidator(_tensor_type)]
+Size = Annotated[
+    int, Field(ge=1), BeforeValidator(lambda v: parse_size(v) if isinstance(v, str) else v)
+]
 TableType = Annotated[str, _one_of(TABLE_TYPES)]
 Transform = Annotated[str, AfterValidator(_known_transform)]
 Name = Annotated[str, Field(min_length=1)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
-    )
-
-
-class Calibration(_Frozen):
+class Calibration(Frozen):
     """The text that the second moments H and G are measured on."""
 
     source: Name | None = Field(
@@ -137,66 +141,7 @@ class Calibration(_Frozen):
     )
 
 
-class Quantization(_Frozen):
-    """How scales and codes are chosen."""
-
-    scales: Literal["absmax", "mse", "proxy", "piso", "lookahead"] = Field(
-        default="piso",
-        description="How scales are chosen: range, weight error, LDL diagonal of the Hessian, "
-        "exact optimum, or exact optimum judged by the loss after rounding the group.",
-    )
-    hessian: Literal["dense", "diagonal", "identity"] = Field(
-        default="dense", description="What piso keeps of the Hessian."
-    )
-    free_scales: bool = Field(
-        default=False,
-        description="Let piso fit a scale outside the range that rounds to its codes.",
-    )
-    rounding: Literal["nearest", "groupwise", "gptq", "gptaq", "qronos", "gpfq"] = Field(
-        default="gptq",
-        description="How codes are chosen; gptq spreads each error onto later columns.",
-    )
-    interleave: Literal["group", "layer"] = Field(
-        default="group",
-        description="When scales are chosen: as rounding enters each group, or before it starts.",
-    )
-    passes: int = Field(
-        default=1,
-        ge=0,
-        description="Passes over the groups of groupwise rounding and layer scales.",
-    )
-    metric: Literal["schur", "block"] = Field(
-        default="schur",
-        description="Metric of a group's scale: the Hessian's Schur complement (columns still "
-        "free) or its diagonal block.",
-    )
-    signed: bool = Field(
-        default=True, description="Let scales be negative where the format stores a sign."
-    )
-    activation_order: bool = Field(
-        default=True, description="Round the columns with the largest activations first."
-    )
-    orders: int = Field(
-        default=1, ge=1, description="Orders of groups that are tried; every row keeps its best."
-    )
-    refine_rounds: int = Field(
-        default=0,
-        ge=0,
-        description="Most rounds of refitting all scales of a row and descending on its codes.",
-    )
-    damping: float = Field(
-        default=0.01, ge=0, le=1, description="Added to H's diagonal, as a fraction of its mean."
-    )
-    shrinkage: float = Field(
-        default=0.0,
-        ge=0,
-        le=10,
-        description="Ridge penalty on targets, in units of damping. Can lower perplexity on text "
-        "unlike the training text; moves away from the full precision model.",
-    )
-
-
-class Evaluation(_Frozen):
+class Evaluation(Frozen):
     """The text and the protocols that quality and parity are measured with."""
 
     source: Name | None = Field(
@@ -211,7 +156,7 @@ class Evaluation(_Frozen):
     )
 
 
-class Gates(_Frozen):
+class Gates(Frozen):
     """Limits of the parity ladder; beyond one, the run fails."""
 
     twin: float = Field(
@@ -246,7 +191,7 @@ class Gates(_Frozen):
     )
 
 
-class Runtime(_Frozen):
+class Runtime(Frozen):
     """Which runtimes prove the file, and for how long they may run."""
 
     llamacpp: Literal["auto", "require", "off"] = Field(
@@ -257,7 +202,7 @@ class Runtime(_Frozen):
     )
 
 
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """Everything that decides what a run does."""
 
     model: Name | None = Field(
@@ -265,10 +210,22 @@ class Recipe(_Frozen):
     )
     revision: Name | None = Field(default=None, description="Branch, tag or commit of a hub model.")
     target: Literal["gguf"] = Field(default="gguf", description="File format to produce.")
-    type: WeightType = Field(
-        default="Q4_0", description="Type of the weights, or a mix of llama-quantize."
+    type: WeightType | None = Field(
+        default=None,
+        description=f"Type of the weights, or a mix of llama-quantize; unset: {DEFAULT_TYPE}, or "
+        "what a budget buys.",
     )
     pure: bool = Field(default=False, description="All matrices in the one type, no mix.")
+    target_size: Size | None = Field(
+        default=None,
+        description="Most bytes that the file may have; each matrix gets the type that serves "
+        "best. Also 15MB or 14.5MiB.",
+    )
+    target_bpw: float | None = Field(
+        default=None,
+        gt=0,
+        description="The same as bits of the file for each parameter of the model.",
+    )
     token_embedding_type: TableType | None = Field(
         default=None, description="Type of the token embedding; unset: as the mix has it."
     )
@@ -315,6 +272,44 @@ class Recipe(_Frozen):
             raise ValueError("only a hub model has revisions, and no model is given")
         return revision
 
+    @field_validator(*BUDGETS)
+    @classmethod
+    def _replaces_a_type(
+        cls, budget: int | float | None, info: ValidationInfo
+    ) -> int | float | None:
+        given = [key for key in ("type", *BUDGETS) if info.data.get(key) is not None]
+        given += ["pure"] if info.data.get("pure") else []
+        if budget is not None and given:
+            raise ValueError(
+                f"{given[0]} is given too, and a budget chooses the types itself "
+                "(token_embedding_type, output_tensor_type and tensor_types pin single ones)"
+            )
+        return budget
+
+    @field_validator("imatrix")
+    @classmethod
+    def _needs_no_gradients(cls, imatrix: str | None, info: ValidationInfo) -> str | None:
+        if imatrix is not None and any(info.data.get(key) is not None for key in BUDGETS):
+            raise ValueError("a budget is spent by what calibration text tells, not a diagonal")
+        return imatrix
+
+    @property
+    def weight_type(self) -> str:
+        """The type or mix asked for, by default `DEFAULT_TYPE`; what a budget starts from."""
+        return self.type or DEFAULT_TYPE
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether types are chosen under a budget."""
+        return self.target_size is not None or self.target_bpw is not None
+
+    @property
+    def label(self) -> str:
+        """The type or the budget, for names of files and people."""
+        if self.target_size is not None:
+            return size_label(self.target_size)
+        return self.weight_type if self.target_bpw is None else f"{self.target_bpw:g}bpw"
+
     def flat(self) -> dict[str, Value]:
         """Every value under its dotted key (``calibration.samples``), in field order."""
         return {key: _lookup(self, key) for key in recipe_fields()}
@@ -341,7 +336,7 @@ def recipe_fields() -> dict[str, FieldInfo]:
     """Every key of a recipe, dotted, with its default and description; top-level keys first."""
     fields: dict[str, FieldInfo] = {}
     for name, field in Recipe.model_fields.items():
-        if isinstance(field.default, _Frozen):
+        if isinstance(field.default, Frozen):
             section = type(field.default).model_fields
             fields.update({f"{name}.{key}": leaf for key, leaf in section.items()})
         else:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from exporters.gguf import gguf_name
-from pipeline import __version__
 from pipeline.errors import InputError, QualityGateError, UsageError, VerificationError
+from pipeline.identity import identity_of_importance, identity_of_run, versions
 from pipeline.progress import Progress, memory_bytes
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import ResolvedRecipe, load_recipe
 from pipeline.report import Gate, Report
 from pipeline.run_directory import RunDirectory
+from pipeline.stages.allocate import (
+    Allocation,
+    allocate,
+    check_budget,
+    check_size,
+    delivered_types,
+    disk_bytes,
+    with_types,
+)
 from pipeline.stages.calibrate import Texts, prepare_texts
 from pipeline.stages.emit import emit
 from pipeline.stages.export import export
@@ -36,11 +41,9 @@ from pipeline.stages.transform import transform
 from pipeline.stages.verify import Ladder, climb, wants_llamacpp
 from pipeline.storage import OUTPUT_MARKER, check_free_space, check_output, publish, scratch_folder
 
-STAGES = ("load", "transform", "calibrate", "quantize", "export", "verify", "report")
+STAGES = ("load", "transform", "calibrate", "allocate", "quantize", "export", "verify", "report")
 BYTES_PER_PARAMETER = 6
 """Disk while a run lasts: codes and scales, the model file, and the float twin."""
-
-VERSIONED = ("torch", "transformers", "numpy", "numba", "gguf", "tokenizers", "safetensors")
 
 
 class _RejectedError(Exception):
@@ -90,20 +93,20 @@ def deploy(
     recipe = _with_absolute_paths(resolved.recipe)
     source, texts = _prepare(recipe, allow_pickle, progress)
     resolved = replace(resolved, recipe=_of_checkpoint(recipe, source, progress))
-    check_free_space(folder, BYTES_PER_PARAMETER * source.checkpoint.num_parameters)
+    _check_disk(folder, source, recipe)
     importance = importance_of(resolved.recipe, source)
-    identity = _identity(resolved.recipe, source, texts)
-    identity |= _identity_of(importance)
+    identity = identity_of_run(resolved.recipe, source, texts)
+    identity |= identity_of_importance(importance)
     with RunDirectory(folder, identity, fresh=fresh, warn=progress.warning) as run:
         report = None if fresh or overwrite else _delivered(output, identity, resolved.recipe)
         if report is None:
             check_output(output, overwrite=overwrite)
-            _stage(progress, "quantize")
+            source, allocation = _allocated(resolved.recipe, source, texts, run, progress)
             model = _matrices(resolved.recipe, source, texts, importance, run, progress)
             try:
                 with publish(output, overwrite=overwrite) as staging:
                     record = {"command": command, "identity": identity}
-                    report = _finish(staging, model, resolved, texts, record, progress)
+                    report = _finish(staging, model, resolved, texts, allocation, record, progress)
             except _RejectedError as rejected:
                 return rejected.report
         else:
@@ -111,6 +114,22 @@ def deploy(
         if run_dir is None:
             run.delete()
     return replace(report, output=output)
+
+
+def _check_disk(folder: Path, source: Source, recipe: Recipe) -> None:
+    """Refuse a disk that would be full before the end."""
+    measured = disk_bytes(source, recipe) if recipe.budgeted else 0
+    check_free_space(folder, BYTES_PER_PARAMETER * source.checkpoint.num_parameters + measured)
+
+
+def _allocated(
+    recipe: Recipe, source: Source, texts: Texts, run: RunDirectory, progress: Progress
+) -> tuple[Source, Allocation | None]:
+    """The source with the types that a budget buys, if there is one."""
+    _stage(progress, "allocate")
+    if not recipe.budgeted:
+        return source, None
+    return allocate(source, recipe, texts.calibration, run, progress)
 
 
 def _run_folder(output: Path, run_dir: Path | None) -> Path:
@@ -155,6 +174,8 @@ def _prepare(recipe: Recipe, allow_pickle: bool, progress: Progress) -> tuple[So
         progress.warning(f"type replaced: {replaced}")
     _stage(progress, "transform")
     source = transform(recipe, source)
+    if recipe.budgeted:
+        check_budget(source, recipe)
     _stage(progress, "calibrate")
     texts = prepare_texts(recipe, source)
     check_tokenizer(source, texts.sources[1].text)
@@ -172,6 +193,7 @@ def _matrices(
     progress: Progress,
 ) -> QuantizedModel:
     """Quantized here, or taken over from a checkpoint that is 4-bit already."""
+    _stage(progress, "quantize")
     if source.checkpoint.packed:
         return repack(source, run, progress)
     if importance:
@@ -181,9 +203,10 @@ def _matrices(
 
 def _of_checkpoint(recipe: Recipe, source: Source, progress: Progress) -> Recipe:
     """The recipe with the type that follows from a checkpoint that is 4-bit already."""
-    if source.packed_by is None or recipe.type == source.file_type:
+    if source.packed_by is None or recipe.weight_type == source.file_type:
         return recipe
-    progress.warning(f"the checkpoint's zero points make it {source.file_type}, not {recipe.type}")
+    wanted = recipe.weight_type
+    progress.warning(f"the checkpoint's zero points make it {source.file_type}, not {wanted}")
     return recipe.model_copy(update={"type": source.file_type})
 
 
@@ -206,20 +229,27 @@ def _finish(
     model: QuantizedModel,
     resolved: ResolvedRecipe,
     texts: Texts,
+    allocation: Allocation | None,
     record: dict[str, Any],
     progress: Progress,
 ) -> Report:
     """Export, verify and document into the folder that is about to be published."""
     recipe, source = resolved.recipe, model.source
     _stage(progress, "export")
-    path = staging / f"{source.name}-{source.file_type}.gguf"
+    kind = recipe.label if recipe.budgeted else source.file_type
+    path = staging / f"{source.name}-{kind}.gguf"
     promised = export(path, model, recipe)
+    if allocation is not None:
+        check_size(path.stat().st_size, allocation)
+        record |= {"allocation": allocation.record()}
     emit(staging, model, recipe, texts)
     _stage(progress, "verify")
     ladder = climb(path, promised, recipe, source, texts, staging, progress)
     counts = {**model.counts(), **texts.counts}
     _stage(progress, "report")
     report = _report(ladder, path, source, counts, progress)
+    if allocation is not None:
+        report = replace(report, notes=(*report.notes, *allocation.summary()))
     if report.exit_code == VerificationError.exit_code:
         raise _RejectedError(report)
     record |= {
@@ -235,13 +265,42 @@ def _finish(
     return deliver(staging, report, resolved, record)
 
 
-def plan(resolved: ResolvedRecipe, *, allow_pickle: bool = False) -> dict[str, tuple[str, int]]:
+def plan(
+    resolved: ResolvedRecipe,
+    *,
+    output: Path,
+    run_dir: Path | None = None,
+    fresh: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress,
+) -> dict[str, tuple[str, int]]:
     """What a deploy would store: type and bytes of every tensor, by GGUF name.
+
+    Under a budget this measures, in the run directory that `deploy` would use: it continues from
+    there. Otherwise nothing is written.
+
+    Args:
+        resolved: What would be done.
+        output: Where `deploy` would deliver.
+        run_dir: As for `deploy`.
+        fresh: As for `deploy`.
+        allow_pickle: Accept PyTorch pickles.
+        progress: Told what happens under a budget.
 
     Raises:
         PipelineError: The checkpoint or the recipe is refused.
     """
-    source = open_source(resolved.recipe, allow_pickle=allow_pickle)
+    if resolved.recipe.budgeted:
+        folder = _run_folder(output.resolve(), run_dir)
+        recipe = _with_absolute_paths(resolved.recipe)
+        source, texts = _prepare(recipe, allow_pickle, progress)
+        _check_disk(folder, source, recipe)
+        identity = identity_of_run(recipe, source, texts)
+        with RunDirectory(folder, identity, fresh=fresh, warn=progress.warning) as run:
+            source, _ = _allocated(recipe, source, texts, run, progress)
+        progress.note(f"measured in {folder}: deploy continues from there")
+    else:
+        source = open_source(resolved.recipe, allow_pickle=allow_pickle)
     found = {}
     for name, shape in source.shapes.items():
         only = TypePlan({name: source.plan.types.get(name, "F32")}, ())
@@ -270,6 +329,8 @@ def verify(
     update = {"revision": revision} if model is None else {"model": model, "revision": None}
     recipe = recipe.model_copy(update=update)
     source = transform(recipe, open_source(recipe, allow_pickle=allow_pickle))
+    if recipe.budgeted:
+        source = with_types(source, delivered_types(source, manifest["tensors"]))
     if source.description["files"] != manifest["input"]["files"]:
         raise InputError(
             f"{source.checkpoint.source} is not the checkpoint that this folder was made from",
@@ -290,46 +351,8 @@ def verify(
     return replace(report, output=folder, notes=(*report.notes, *notes))
 
 
-def versions() -> dict[str, str]:
-    """Versions of everything that decides the bytes, and of llama-cpp-python if it is there."""
-    found = {"piso-deploy": __version__, "python": platform.python_version()}
-    for package in (*VERSIONED, "llama-cpp-python"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def _stage(progress: Progress, name: str) -> None:
     progress.stage(name, STAGES.index(name) + 1, len(STAGES))
-
-
-def _identity(recipe: Recipe, source: Source, texts: Texts) -> dict[str, Any]:
-    """Everything that decides the bits of a block."""
-    tokens = hashlib.sha256(texts.calibration.numpy().tobytes()).hexdigest()
-    files = json.dumps(source.description["files"], sort_keys=True)
-    decisive = {f"recipe.{k}": v for k, v in recipe.decisive().items()}
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in decisive.items()}
-    decided = {name: version for name, version in versions().items() if name != "llama-cpp-python"}
-    return {
-        **plain,
-        **{f"version.{k}": v for k, v in decided.items()},
-        "checkpoint": hashlib.sha256(files.encode()).hexdigest(),
-        "calibration tokens": tokens,
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-    }
-
-
-def _identity_of(importance: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """The numbers of an importance matrix: its file may change between two runs."""
-    if not importance:
-        return {}
-    digest = hashlib.sha256()
-    for name, vector in sorted(importance.items()):
-        digest.update(name.encode() + vector.tobytes())
-    return {"importance": digest.hexdigest()}
 
 
 def _deployed(gate: Gate) -> bool:

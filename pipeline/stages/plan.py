@@ -88,11 +88,11 @@ def plan_types(checkpoint: Checkpoint, recipe: Recipe) -> TypePlan:
 def _tables(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
     """Embedding and head: as asked for, else by the mix's rules."""
     embedding, head = recipe.token_embedding_type, recipe.output_tensor_type
-    base = base_type(recipe.type)
+    base = base_type(recipe.weight_type)
     width = checkpoint.shape(EMBEDDING)[1]
-    of_head = base if recipe.pure else head_type(recipe.type, width)
+    of_head = base if recipe.pure else head_type(recipe.weight_type, width)
     if not checkpoint.tied:
-        of_embedding = base if recipe.pure else embedding_type(recipe.type)
+        of_embedding = base if recipe.pure else embedding_type(recipe.weight_type)
         return {EMBEDDING: embedding or of_embedding, HEAD: head or of_head}
     shared = {EMBEDDING: embedding or head or of_head}
     return shared | ({HEAD: head} if head is not None and head != shared[EMBEDDING] else {})
@@ -111,8 +111,8 @@ def _linears(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
                 dimensions.layers,
                 dimensions.heads / dimensions.kv_heads,
             )
-            base = base_type(recipe.type)
-            wanted[name] = base if recipe.pure else mix_type(recipe.type, matrix)
+            base = base_type(recipe.weight_type)
+            wanted[name] = base if recipe.pure else mix_type(recipe.weight_type, matrix)
     return wanted
 
 
@@ -139,7 +139,9 @@ def _keep_packed(wanted: dict[str, str], checkpoint: Checkpoint, recipe: Recipe)
     """Types that hold the integers of a checkpoint that is 4-bit already, F16 for the others."""
     if not checkpoint.packed:
         return
-    other = recipe.type if base_type(recipe.type) not in REPACKED else None
+    other = recipe.label if base_type(recipe.weight_type) not in REPACKED else None
+    if recipe.budgeted:
+        other = f"a file of {recipe.label}"
     if other or recipe.tensor_types or "imatrix" in recipe.emit:
         what = other or "--tensor-type or --emit imatrix"
         raise UsageError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.architectures.base import EMBEDDING, HEAD
-from pipeline.errors import ResourceError
+from pipeline.errors import ResourceError, UsageError
 from pipeline.progress import Progress
 from pipeline.quantization.layer import LayerOptions
 from pipeline.recipe import Recipe
@@ -90,6 +90,21 @@ def part_of(name: str) -> str:
     return f"block-{int(name.split('.')[2]):04d}"
 
 
+def check_types(part: str, meta: Mapping[str, Any], source: Source) -> None:
+    """Refuse a finished part whose matrices have other types than the plan.
+
+    Raises:
+        UsageError: They have, as after a change of what a budget's choice was made from.
+    """
+    for name, kind in meta["types"].items():
+        wanted = source.plan.types.get(name)
+        if kind != wanted:
+            raise UsageError(
+                f"the finished part {part} holds {name} in {kind}, and the plan is {wanted}",
+                fix="add --fresh to start over, or choose another --run-dir",
+            )
+
+
 def restore_part(loaded: tuple[dict[str, Tensor], dict[str, Any]]) -> dict[str, StoredTensor]:
     """The matrices of a stored part by Hugging Face name."""
     tensors, meta = loaded
@@ -121,6 +136,7 @@ def quantize(
         loaded = run.load(part)
         progress.block(index + 1, walk.n_blocks, resumed=loaded is not None)
         if loaded is not None:
+            check_types(part, loaded[1], source)
             if index + 1 < walk.n_blocks or head is None:
                 walk.replay(index, restore_part(loaded))
             sites += loaded[1]["sites"]
@@ -137,6 +153,8 @@ def quantize(
         keep_part(run, part, stored, records, beside)
         sites += records
     if HEAD in source.plan.types:
+        if head is not None:
+            check_types(OWN_HEAD, head[1], source)
         sites += _head(source, run, walk, progress) if head is None else head[1]["sites"]
     return QuantizedModel(source, run, sites)
 
@@ -148,6 +166,7 @@ def _embedding(source: Source, run: RunDirectory) -> StoredTensor:
         found = {EMBEDDING: store_free(source.plan.types[EMBEDDING], source.read(EMBEDDING))}
         keep_part(run, TABLES, found, [])
         return found[EMBEDDING]
+    check_types(TABLES, loaded[1], source)
     return restore_part(loaded)[EMBEDDING]
 
 

@@ -187,6 +187,24 @@ def test_every_option_reaches_the_run(run: StubRun, invoke: Invoke, tmp_path: Pa
     assert call["command"].startswith(PROGRAM)
 
 
+@pytest.mark.parametrize(
+    ("option", "key", "value", "folder"),
+    [
+        (("--target-size", "14.5MB"), "target_size", 14_500_000, "demo-14500KB-gguf"),
+        (("--target-bpw", "3.25"), "target_bpw", 3.25, "demo-3.25bpw-gguf"),
+    ],
+)
+def test_a_budget_reaches_the_run(
+    option: tuple[str, str], key: str, value: float, folder: str, run: StubRun, invoke: Invoke
+) -> None:
+    for extra in ((), ("--dry-run",)):
+        assert invoke("deploy", *option, *extra)[0] == 0
+    for call in run.calls:
+        assert call["recipe"].flat()[key] == value
+        assert call["output"] == Path(folder)
+        assert "progress" in call
+
+
 def test_a_dry_run_prints_types_and_bytes_and_writes_nothing(
     invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,6 +325,10 @@ def test_gates_decide_the_exit_code(
     ("arguments", "parts"),
     [
         (["deploy", "--type", "Q4_O"], ["did you mean Q4_0?"]),
+        (["deploy", "--target-size", "15XB"], ["no size such as 15MB"]),
+        (["deploy", "--target-size", "1MB", "--target-bpw", "3"], ["target_size is given too"]),
+        (["deploy", "--target-size", "1MB", "--type", "Q4_0"], ["type is given too"]),
+        (["deploy", "--target-bpw", "3", "--pure"], ["pure is given too"]),
         (["deploy", "--target", "ggfu"], ["did you mean gguf?"]),
         (["deploy", "--preset", "bset"], ["did you mean best?"]),
         (["deploy", "--runtime", "requir"], ["did you mean require?"]),

@@ -22,6 +22,8 @@ OTHER_VALUES: dict[str, Any] = {
     "target": "gguf",
     "type": "Q2_0",
     "pure": True,
+    "target_size": 15_000_000,
+    "target_bpw": 3.5,
     "imatrix": "i.gguf",
     "emit": ("kld-base", "imatrix"),
     "token_embedding_type": "Q6_K",
@@ -68,6 +70,9 @@ OTHER_VALUES: dict[str, Any] = {
 """A value that no preset has, where there is one, for every key but `revision`."""
 
 ONE_VALUE_ONLY = {"target", "transforms"}
+
+BUDGETS = ("target_size", "target_bpw")
+REFUSED_WITH_A_BUDGET = {*BUDGETS, "type", "pure", "imatrix"}
 
 
 def message(*overrides: str, **arguments: Any) -> str:
@@ -122,8 +127,11 @@ def test_every_key_is_described_and_covered_here() -> None:
     assert all(field.description for field in recipe_fields().values())
 
 
-def test_toml_round_trip_of_a_recipe_with_every_key_set(tmp_path: Path) -> None:
-    given_recipe = load_recipe(options={**OTHER_VALUES, "revision": "main"})
+@pytest.mark.parametrize("budget", [None, *BUDGETS])
+def test_toml_round_trip_of_a_recipe_with_every_key_set(tmp_path: Path, budget: str | None) -> None:
+    left_out = REFUSED_WITH_A_BUDGET - {budget} if budget else set(BUDGETS)
+    values = {key: value for key, value in OTHER_VALUES.items() if key not in left_out}
+    given_recipe = load_recipe(options={**values, "revision": "main"})
     for text in (to_toml(given_recipe.recipe), to_toml(given_recipe.recipe, given_recipe.origins)):
         file = tmp_path / "r.toml"
         file.write_text(text, encoding="utf-8")
@@ -169,6 +177,49 @@ def test_type_names_are_those_of_the_formats() -> None:
 
 def test_types_may_be_written_in_lower_case() -> None:
     assert load_recipe(overrides=["type=q2_0"]).recipe.type == "Q2_0"
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("other", sorted(REFUSED_WITH_A_BUDGET))
+def test_a_budget_refuses_what_it_replaces(budget: str, other: str) -> None:
+    if other == budget:
+        return
+    options = {key: OTHER_VALUES[key] for key in (budget, other)}
+    text = message(options=options)
+    assert ("is given too" in text) == (other != "imatrix")
+    assert "(command line)" in text
+    assert "leave " in text
+
+
+def test_a_budget_leaves_the_type_open() -> None:
+    recipe = load_recipe(options={"target_bpw": 3.5, "output_tensor_type": "Q6_K"}).recipe
+    assert (recipe.type, recipe.budgeted, recipe.label) == (None, True, "3.5bpw")
+    assert (Recipe().type, Recipe().budgeted) == (None, False)
+    assert (Recipe().weight_type, Recipe().label) == ("Q4_0", "Q4_0")
+    assert Recipe(type="Q2_K").label == "Q2_K"
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "label"),
+    [
+        ("15MB", 15_000_000, "15MB"),
+        ("15m", 15_000_000, "15MB"),
+        ("14.5 MiB", 15_204_352, "15204352B"),
+        ("1kib", 1024, "1024B"),
+        ("2.5G", 2_500_000_000, "2500MB"),
+        ("1.0001k", 1000, "1KB"),
+        ("0.3KB", 300, "300B"),
+        (".5GiB", 2**29, "536870912B"),
+        ("7b", 7, "7B"),
+        ("15000001", 15_000_001, "15000001B"),
+        ("1T", 10**12, "1000GB"),
+    ],
+)
+def test_sizes(text: str, size: int, label: str) -> None:
+    for options in ({"target_size": text}, {"target_size": size}):
+        recipe = load_recipe(options=options).recipe
+        assert (recipe.target_size, recipe.label) == (size, label)
+    assert load_recipe(overrides=[f"target_size={text}"]).recipe.target_size == size
 
 
 @pytest.mark.parametrize(
@@ -218,7 +269,16 @@ def test_set_reads_toml_or_else_text(text: str, value: Any) -> None:
         ("quantization.damping=nan", ["finite"]),
         ("gates.twin=0", ["greater than 0"]),
         ("gates.twin=inf", ["finite"]),
-        ("type=", ["type = None", 'for example type = "Q4_0"']),
+        ("target=", ["target = None", 'for example target = "gguf"']),
+        ("target_size=0", ["target_size = 0", "greater than or equal to 1"]),
+        ("target_size=15XB", ["'15XB' is no size such as 15MB", "leave target_size out"]),
+        ("target_size=-1", ["greater than or equal to 1"]),
+        ("target_size=-1MB", ["is no size"]),
+        ("target_size=1.5", ["target_size = 1.5", "integer"]),
+        ("target_size=true", ["integer"]),
+        ("target_bpw=0", ["greater than 0"]),
+        ("target_bpw=inf", ["finite"]),
+        ("target_bpw=3,5", ["target_bpw = '3,5'"]),
         ("revision=main", ["no model is given", "leave revision out"]),
         ("seed", ["key=value", "--set calibration.samples=64"]),
         ("=1", ["key=value"]),

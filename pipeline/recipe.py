@@ -132,6 +132,13 @@ class Calibration(Frozen):
         description="How far linears that feed the residual stream also make good what the stream "
         "lost before them.",
     )
+    gradient_weighting: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="How much more tokens count whose outputs the loss depends on: exponent of "
+        "their squared gradient; 0 all alike, 1 GuidedQuant.",
+    )
     held_out: float = Field(
         default=0.0,
         ge=0,

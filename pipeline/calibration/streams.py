@@ -130,6 +130,7 @@ def site_moments(
     reference: tuple[HasSites, Stream] | None,
     name: str,
     options: MomentOptions | None = None,
+    weights: Tensor | None = None,
 ) -> SiteMoments:
     """Second moments of one site's inputs over all calibration tokens.
 
@@ -139,6 +140,7 @@ def site_moments(
         reference: The float block and its stream; None for symmetric calibration.
         name: Name of block and site, for messages.
         options: What else to accumulate.
+        weights: How much each token counts, [samples, length]; None is 1.
     """
     options = options or MomentOptions()
     block, stream = quantized
@@ -163,6 +165,11 @@ def site_moments(
                 name=name,
                 device=inputs.device,
             )
+        if weights is not None:
+            # All sums are bilinear in these three.
+            root = weights[sample : sample + len(inputs)].to(inputs).sqrt()[..., None]
+            inputs = root * inputs
+            other, lost = (None if t is None else root * t for t in (other, lost))
         sums[parts[batch]].add(inputs, other, sample, coefficients, lost)
         sample += len(inputs)
     apart = sums.pop("held out", None)

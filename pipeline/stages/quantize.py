@@ -17,6 +17,7 @@ from pipeline.recipe import Recipe
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.load import Source
 from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
+from pipeline.stages.token_weights import token_weights
 from pipeline.stages.walk import Walk, WalkSettings, store_free
 
 TABLES, OWN_HEAD = "tables", "head"
@@ -111,7 +112,6 @@ def restore_part(loaded: tuple[dict[str, Tensor], dict[str, Any]]) -> dict[str, 
     return {n: StoredTensor.restore(n, kind, tensors) for n, kind in meta["types"].items()}
 
 
-@torch.inference_mode()
 def quantize(
     recipe: Recipe, source: Source, windows: Tensor, run: RunDirectory, progress: Progress
 ) -> QuantizedModel:
@@ -128,8 +128,24 @@ def quantize(
         InputError: Activations or moments are not finite; names block and site.
         ResourceError: The device that the recipe asks for is not there.
     """
+    weights = None
+    if recipe.calibration.gradient_weighting:
+        weights = token_weights(source, windows, recipe, run, progress)
+        progress.phase("blocks")
+    with torch.inference_mode():
+        return _quantize(recipe, source, windows, weights, run, progress)
+
+
+def _quantize(
+    recipe: Recipe,
+    source: Source,
+    windows: Tensor,
+    weights: Mapping[str, Tensor] | None,
+    run: RunDirectory,
+    progress: Progress,
+) -> QuantizedModel:
     embedding, head = _embedding(source, run), run.load(OWN_HEAD)
-    walk = Walk(source, embedding.dequantize(), windows, walk_settings(recipe))
+    walk = Walk(source, embedding.dequantize(), windows, walk_settings(recipe), weights)
     sites: list[dict[str, Any]] = []
     for index in range(walk.n_blocks):
         part = f"block-{index:04d}"

@@ -18,7 +18,7 @@ about 9 bytes a weight there. In memory are one block with its candidates, and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +38,7 @@ from pipeline.stages.candidates import (
     solve_site,
     solve_table,
 )
+from pipeline.stages.gradients import inputs_and_gradients, sampled_gradient
 from pipeline.stages.load import Source
 from pipeline.stages.walk import choose_device
 from runtimes.metrics import kl_divergence
@@ -215,8 +216,8 @@ class Sensitivity:
             self._progress.block(n_blocks - index, n_blocks, resumed=loaded is not None)
             if loaded is None:
                 if gradient is None:
-                    seed = self._recipe.seed
-                    gradient = sampled_gradient(self._float, self._head, final, seed)
+                    generator = torch.Generator().manual_seed(self._recipe.seed)
+                    gradient = sampled_gradient(self._float, self._head, final, generator)
                 found, gradient = self._score_block(index, gradient)
                 self._run.store(part, {GRADIENT: gradient}, {"losses": found})
             else:
@@ -253,70 +254,6 @@ class Sensitivity:
             f"{prefix}{linear}.weight": {k: total / (2 * tokens) for k, total in kinds.items()}
             for linear, kinds in sums.items()
         }, torch.cat(before)
-
-
-def inputs_and_gradients(
-    block: DecoderBlock, linears: Sequence[str], residual: Tensor, gradient: Tensor
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
-    """Back-propagate through one block.
-
-    Args:
-        block: The block; its weights get no gradients.
-        linears: Names of its linears.
-        residual: Residual stream at its input, [windows, length, hidden].
-        gradient: Of the loss, with respect to the stream at its output, same shape.
-
-    Returns:
-        The gradient with respect to `residual`, and for every linear its input [tokens, in] and the
-        gradient with respect to its output [tokens, out].
-    """
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[name] = (inputs[0].detach(), output)
-
-        return hook
-
-    hooks = [block.linear(name).register_forward_hook(watch(name)) for name in linears]
-    try:
-        with torch.enable_grad():
-            start = residual.detach().clone().requires_grad_()
-            end = block(start)
-            outputs = [seen[name][1] for name in linears]
-            first, *rest = torch.autograd.grad(end, [start, *outputs], gradient)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    found = {
-        name: (seen[name][0].flatten(0, 1), g.flatten(0, 1))
-        for name, g in zip(linears, rest, strict=True)
-    }
-    return first, found
-
-
-def sampled_gradient(model: TorchReference, head: Tensor, final: Tensor, seed: int) -> Tensor:
-    """Gradient of the negative log-likelihood of sampled labels, at the end of the last block.
-
-    Args:
-        model: The float model.
-        head: Its output matrix, [vocabulary, hidden].
-        final: Residual stream after the last block, [windows, length, hidden].
-        seed: Of the labels, one for every token.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    gradients = []
-    for window in final:
-        with torch.enable_grad():
-            start = window.detach().clone().requires_grad_()
-            normed = model.head_input(start)
-        probabilities = torch.softmax(normed.detach() @ head.T, dim=-1)
-        # On the CPU, so that every device draws from the same numbers.
-        labels = torch.multinomial(probabilities.cpu(), 1, generator=generator)
-        labels = labels.to(probabilities.device)
-        probabilities.scatter_add_(1, labels, -torch.ones_like(probabilities[:, :1]))
-        gradients.append(torch.autograd.grad(normed, start, probabilities @ head)[0])
-    return torch.stack(gradients)
 
 
 class Divergence:

@@ -79,15 +79,23 @@ class Walk:
         embedding: The quantized model's embedding, [vocabulary, hidden].
         windows: Calibration tokens, int64 [samples, length].
         settings: Methods and device.
+        token_weights: How much each token counts at a site, [samples, length] by `site_key`; all
+            alike where it has none.
 
     Raises:
         ResourceError: There is no such device.
     """
 
     def __init__(
-        self, source: Source, embedding: Tensor, windows: Tensor, settings: WalkSettings
+        self,
+        source: Source,
+        embedding: Tensor,
+        windows: Tensor,
+        settings: WalkSettings,
+        token_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._source, self._settings = source, settings
+        self._token_weights = token_weights or {}
         self._device = choose_device(settings.device)
         self._moment_options = moment_options(
             settings.mismatch_estimate, settings.held_out, len(windows), settings.seed
@@ -168,6 +176,7 @@ class Walk:
             other,
             f"block {index}, site {site}",
             self._moment_options,
+            self._token_weights.get(site_key(index, site)),
         )
 
     def _objective(self, moments: SiteMoments) -> LayerObjective:
@@ -247,6 +256,11 @@ def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
     """Rows that were solved apart, on the CPU."""
     scales = {n: torch.cat([p.scales[n] for p in parts]).cpu() for n in parts[0].scales}
     return QuantizedTensor(parts[0].format, torch.cat([p.codes for p in parts]).cpu(), scales)
+
+
+def site_key(index: int, site: str) -> str:
+    """Name of a block's site."""
+    return f"{index}.{site}"
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -39,6 +39,7 @@ OTHER_VALUES: dict[str, Any] = {
     "calibration.batch": 2,
     "calibration.mismatch": 0.5,
     "calibration.mismatch_estimate": "shrinkage",
+    "calibration.gradient_weighting": 0.5,
     "calibration.stream_correction": 0.5,
     "calibration.held_out": 0.25,
     "quantization.scales": "absmax",

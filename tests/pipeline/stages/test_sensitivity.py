@@ -14,14 +14,13 @@ from pipeline.progress import open_progress
 from pipeline.recipe_files import load_recipe
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.candidates import CandidateStore, choices
+from pipeline.stages.gradients import inputs_and_gradients, sampled_gradient
 from pipeline.stages.load import Source, open_source
 from pipeline.stages.sensitivity import (
     TABLE_WINDOWS,
     Losses,
     Sensitivity,
     WindowSplit,
-    inputs_and_gradients,
-    sampled_gradient,
 )
 from pipeline.stages.swaps import PlanJudge
 from runtimes.torch_reference import TorchReference
@@ -80,7 +79,8 @@ def through_the_blocks(
         states = [model.embed(tokens)]
         for index in range(model.n_blocks):
             states.append(model.block(index)(states[-1]))
-    gradient = sampled_gradient(model, source.read(source.head), states[-1], seed)
+    generator = torch.Generator().manual_seed(seed)
+    gradient = sampled_gradient(model, source.read(source.head), states[-1], generator)
     found = {}
     for index in reversed(range(model.n_blocks)):
         gradient, pairs = inputs_and_gradients(model.block(index), LINEARS, states[index], gradient)

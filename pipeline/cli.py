@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.progress import Progress
+    from pipeline.recipe import Recipe
     from pipeline.report import Report
 
 app = typer.Typer(
@@ -77,7 +78,7 @@ def deploy(
             return
         report = run.deploy(
             resolved,
-            output=output or _default_output(resolved.recipe.model, resolved.recipe.type),
+            output=output or _default_output(resolved.recipe),
             run_dir=run_dir,
             overwrite=overwrite,
             fresh=fresh,
@@ -191,6 +192,6 @@ def _console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
-def _default_output(model: str | None, weight_type: str) -> Path:
-    name = Path(model).resolve().name if model else "demo"
-    return Path(f"{name}-{weight_type}-gguf")
+def _default_output(recipe: Recipe) -> Path:
+    name = Path(recipe.model).resolve().name if recipe.model else "demo"
+    return Path(f"{name}-{recipe.type}-{'-'.join(recipe.targets)}")

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from functools import cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -25,6 +25,7 @@ from pydantic.fields import FieldInfo
 
 from pipeline.mixes import BASES
 from pipeline.suggest import did_you_mean
+from pipeline.targets import check_held, is_integer_type, parse_targets
 from pipeline.transforms import TRANSFORMS
 
 WEIGHT_TYPES = (
@@ -46,8 +47,8 @@ Value = str | int | float | bool | None | tuple[str, ...]
 
 def _one_of(known: tuple[str, ...]) -> AfterValidator:
     def check(value: str) -> str:
-        if value.upper() not in known:
-            raise ValueError(f"unknown type; {did_you_mean(value, known)}")
+        if value.upper() not in known and not is_integer_type(value.upper()):
+            raise ValueError(f"unknown type; {did_you_mean(value, known)}; INT4_G32 ... for ONNX")
         return value.upper()
 
     return AfterValidator(check)
@@ -68,7 +69,7 @@ def split_tensor_type(text: str) -> tuple[str, str]:
     pattern, equals, kind = text.rpartition("=")
     if not equals or not pattern:
         raise ValueError(f"{text!r} is not REGEX=TYPE")
-    if kind.upper() not in TABLE_TYPES:
+    if kind.upper() not in TABLE_TYPES and not is_integer_type(kind.upper()):
         raise ValueError(f"unknown type {kind!r}; {did_you_mean(kind, TABLE_TYPES)}")
     try:
         re.compile(pattern)
@@ -84,6 +85,7 @@ def _tensor_type(text: str) -> str:
 WeightType = Annotated[str, _one_of(FILE_TYPES)]
 TensorType = Annotated[str, AfterValidator(_tensor_type)]
 TableType = Annotated[str, _one_of(TABLE_TYPES)]
+Target = Annotated[str, AfterValidator(parse_targets)]
 Transform = Annotated[str, AfterValidator(_known_transform)]
 Name = Annotated[str, Field(min_length=1)]
 
@@ -211,6 +213,16 @@ class Evaluation(_Frozen):
     )
 
 
+class Onnx(_Frozen):
+    """The graph of ONNX files."""
+
+    attention: Literal["standard", "primitive", "gqa"] = Field(
+        default="standard",
+        description="Operators: of the ONNX standard, of opset 21 only, or ONNX Runtime's "
+        "GroupQueryAttention.",
+    )
+
+
 class Gates(_Frozen):
     """Limits of the parity ladder; beyond one, the run fails."""
 
@@ -218,6 +230,11 @@ class Gates(_Frozen):
         default=1e-5,
         gt=0,
         description="abs(d ln ppl), runtime on the unquantized twin against PyTorch.",
+    )
+    logits: float = Field(
+        default=1e-3,
+        gt=0,
+        description="Largest difference of a logit, ONNX Runtime's exact mode against PyTorch.",
     )
     kernels_rms: float = Field(
         default=1e-4,
@@ -264,9 +281,11 @@ class Recipe(_Frozen):
         default=None, description="Checkpoint folder or hub id; unset: the embedded demo model."
     )
     revision: Name | None = Field(default=None, description="Branch, tag or commit of a hub model.")
-    target: Literal["gguf"] = Field(default="gguf", description="File format to produce.")
+    target: Target = Field(
+        default="gguf", description="File formats to produce: gguf, onnx, or both (gguf,onnx)."
+    )
     type: WeightType = Field(
-        default="Q4_0", description="Type of the weights, or a mix of llama-quantize."
+        default="Q4_0", description="Type of the weights, or a mix of llama-quantize (GGUF)."
     )
     pure: bool = Field(default=False, description="All matrices in the one type, no mix.")
     token_embedding_type: TableType | None = Field(
@@ -305,6 +324,7 @@ class Recipe(_Frozen):
     calibration: Calibration = Calibration()
     quantization: Quantization = Quantization()
     evaluation: Evaluation = Evaluation()
+    onnx: Onnx = Onnx()
     gates: Gates = Gates()
     runtime: Runtime = Runtime()
 
@@ -315,6 +335,24 @@ class Recipe(_Frozen):
             raise ValueError("only a hub model has revisions, and no model is given")
         return revision
 
+    @field_validator("type", "token_embedding_type", "output_tensor_type", "tensor_types")
+    @classmethod
+    def _held_by_target(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = (
+            (text.rpartition("=")[2] for text in value)
+            if info.field_name == "tensor_types"
+            else [value]
+        )
+        for kind in kinds:
+            if kind is not None and "target" in info.data:
+                check_held(kind, info.data["target"])
+        return value
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """File formats to produce, the main one first."""
+        return tuple(self.target.split(","))
+
     def flat(self) -> dict[str, Value]:
         """Every value under its dotted key (``calibration.samples``), in field order."""
         return {key: _lookup(self, key) for key in recipe_fields()}
@@ -322,10 +360,10 @@ class Recipe(_Frozen):
     def decisive(self) -> dict[str, Value]:
         """The values that decide the bytes of the quantized weights, under their dotted keys.
 
-        What only measures or judges the result (evaluation, gates, runtime) is left out, so that an
-        interrupted run may continue with another gate.
+        What only measures or judges the result (evaluation, gates, runtime) or writes it (onnx) is
+        left out, so that an interrupted run may continue with another gate.
         """
-        measuring = ("evaluation.", "gates.", "runtime.")
+        measuring = ("evaluation.", "gates.", "runtime.", "onnx.")
         return {key: value for key, value in self.flat().items() if not key.startswith(measuring)}
 
 

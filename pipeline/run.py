@@ -7,7 +7,6 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 
 from exporters.gguf import gguf_name
-from pipeline import __version__
+from pipeline import figures
 from pipeline.errors import InputError, QualityGateError, UsageError, VerificationError
 from pipeline.progress import Progress, memory_bytes
 from pipeline.recipe import Recipe
@@ -24,23 +23,23 @@ from pipeline.report import Gate, Report
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.calibrate import Texts, prepare_texts
 from pipeline.stages.emit import emit
-from pipeline.stages.export import export
+from pipeline.stages.export_onnx import check_onnx
 from pipeline.stages.file_gates import check_tokenizer
 from pipeline.stages.importance import importance_of, quantize_weighted
 from pipeline.stages.load import Source, open_source
+from pipeline.stages.model_files import ModelFile, climb_all, describe, model_files, write_models
 from pipeline.stages.plan import TypePlan
 from pipeline.stages.quantize import QuantizedModel, quantize
 from pipeline.stages.repack import repack
 from pipeline.stages.report import RECIPE, check_files, deliver
 from pipeline.stages.transform import transform
-from pipeline.stages.verify import Ladder, climb, wants_llamacpp
+from pipeline.stages.verify import Ladder, wants_llamacpp
 from pipeline.storage import OUTPUT_MARKER, check_free_space, check_output, publish, scratch_folder
+from pipeline.versions import RUNTIMES, versions
 
 STAGES = ("load", "transform", "calibrate", "quantize", "export", "verify", "report")
 BYTES_PER_PARAMETER = 6
 """Disk while a run lasts: codes and scales, the model file, and the float twin."""
-
-VERSIONED = ("torch", "transformers", "numpy", "numba", "gguf", "tokenizers", "safetensors")
 
 
 class _RejectedError(Exception):
@@ -149,7 +148,8 @@ def _prepare(recipe: Recipe, allow_pickle: bool, progress: Progress) -> tuple[So
     _stage(progress, "load")
     wants_llamacpp(recipe)
     source = open_source(recipe, allow_pickle=allow_pickle)
-    for note in (*source.checkpoint.notes, *source.vocabulary.notes):
+    check_onnx(source, recipe)
+    for note in source.notes:
         progress.note(note)
     for replaced in source.plan.replaced:
         progress.warning(f"type replaced: {replaced}")
@@ -157,7 +157,8 @@ def _prepare(recipe: Recipe, allow_pickle: bool, progress: Progress) -> tuple[So
     source = transform(recipe, source)
     _stage(progress, "calibrate")
     texts = prepare_texts(recipe, source)
-    check_tokenizer(source, texts.sources[1].text)
+    if "gguf" in recipe.targets:
+        check_tokenizer(source, texts.sources[1].text)
     for warning in texts.warnings():
         progress.warning(warning)
     return source, texts
@@ -212,14 +213,13 @@ def _finish(
     """Export, verify and document into the folder that is about to be published."""
     recipe, source = resolved.recipe, model.source
     _stage(progress, "export")
-    path = staging / f"{source.name}-{source.file_type}.gguf"
-    promised = export(path, model, recipe)
+    files = write_models(staging, model, recipe)
     emit(staging, model, recipe, texts)
     _stage(progress, "verify")
-    ladder = climb(path, promised, recipe, source, texts, staging, progress)
+    ladder = climb_all(files, recipe, source, texts, staging, progress)
     counts = {**model.counts(), **texts.counts}
     _stage(progress, "report")
-    report = _report(ladder, path, source, counts, progress)
+    report = _report(ladder, files, source, counts, progress)
     if report.exit_code == VerificationError.exit_code:
         raise _RejectedError(report)
     record |= {
@@ -229,7 +229,7 @@ def _finish(
         "recipe": resolved.recipe.flat(),
         "verified": report.exit_code != QualityGateError.exit_code,
         "verified_in": sorted({g.runtime for g in report.gates if _deployed(g)}),
-        "tensors": promised,
+        **describe(files),
         "sites": model.sites,
     }
     return deliver(staging, report, resolved, record)
@@ -242,6 +242,7 @@ def plan(resolved: ResolvedRecipe, *, allow_pickle: bool = False) -> dict[str, t
         PipelineError: The checkpoint or the recipe is refused.
     """
     source = open_source(resolved.recipe, allow_pickle=allow_pickle)
+    check_onnx(source, resolved.recipe)
     found = {}
     for name, shape in source.shapes.items():
         only = TypePlan({name: source.plan.types.get(name, "F32")}, ())
@@ -283,22 +284,11 @@ def verify(
         notes.append("the evaluation text is not the one that the manifest's figures are from")
         progress.warning(notes[0])
     _stage(progress, "verify")
-    path = folder / manifest["model_file"]
+    files = model_files(folder, manifest, recipe)
     with scratch_folder(folder) as scratch:
-        ladder = climb(path, manifest["tensors"], recipe, source, texts, scratch, progress)
-    report = _report(ladder, path, source, manifest["report"]["counts"], progress)
+        ladder = climb_all(files, recipe, source, texts, scratch, progress)
+    report = _report(ladder, files, source, manifest["report"]["counts"], progress)
     return replace(report, output=folder, notes=(*report.notes, *notes))
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that decides the bytes, and of llama-cpp-python if it is there."""
-    found = {"piso-deploy": __version__, "python": platform.python_version()}
-    for package in (*VERSIONED, "llama-cpp-python"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def _stage(progress: Progress, name: str) -> None:
@@ -311,7 +301,7 @@ def _identity(recipe: Recipe, source: Source, texts: Texts) -> dict[str, Any]:
     files = json.dumps(source.description["files"], sort_keys=True)
     decisive = {f"recipe.{k}": v for k, v in recipe.decisive().items()}
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in decisive.items()}
-    decided = {name: version for name, version in versions().items() if name != "llama-cpp-python"}
+    decided = {name: version for name, version in versions().items() if name not in RUNTIMES}
     return {
         **plain,
         **{f"version.{k}": v for k, v in decided.items()},
@@ -338,13 +328,14 @@ def _deployed(gate: Gate) -> bool:
 
 def _report(
     ladder: Ladder,
-    path: Path,
+    files: list[ModelFile],
     source: Source,
     counts: Mapping[str, int],
     progress: Progress,
 ) -> Report:
-    size = path.stat().st_size
-    notes = (*source.checkpoint.notes, *source.vocabulary.notes)
+    size = files[0].size_bytes
+    others = (f"{f.path.name} takes {figures.size(f.size_bytes)} in all" for f in files[1:])
+    notes = (*source.notes, *others)
     return Report(
         gates=ladder.gates,
         qualities=ladder.qualities,

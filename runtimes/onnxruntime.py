@@ -117,9 +117,7 @@ class OnnxRuntime(Runtime):
             self._speed = tokens.numel() / seconds
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
-        """The `count` most probable next tokens, one after the other through the cache.
-
-        No token ends the text. Among equal logits the lowest id wins, as in torch.argmax.
+        """`greedy_batch` of one prompt.
 
         Raises:
             InputError: An empty prompt, or a token outside the vocabulary.
@@ -127,15 +125,34 @@ class OnnxRuntime(Runtime):
         """
         if not prompt:
             raise InputError("the prompt is empty", fix="give at least one token")
-        ids = torch.tensor(prompt, dtype=torch.int64)
-        self._check_vocabulary(ids)
-        found: list[int] = []
-        new, past = ids.numpy()[None], self._no_past()
-        while len(found) < count:
-            logits, past = self._run(new, len(prompt) + len(found), past, cached=True)
-            found.append(int(logits[0, -1].argmax()))
-            new = np.array([found[-1:]])
+        found: list[int] = self.greedy_batch(torch.tensor([list(prompt)]), count)[0].tolist()
         return found
+
+    def greedy_batch(self, prompts: Tensor, count: int) -> Tensor:
+        """The `count` most probable next tokens, one after the other through the cache.
+
+        No token ends a text. Among equal logits the lowest id wins, as in torch.argmax.
+
+        Args:
+            prompts: int64 [prompts, length].
+            count: Tokens to add to each.
+
+        Returns:
+            int64 [prompts, count].
+
+        Raises:
+            InputError: A token outside the vocabulary.
+            VerificationError: ONNX Runtime refused the file or failed.
+        """
+        self._check_vocabulary(prompts)
+        rows, length = prompts.shape
+        found = np.zeros((rows, 0), np.int64)
+        new, past = prompts.cpu().numpy(), self._no_past(rows)
+        while found.shape[1] < count:
+            logits, past = self._run(new, length + found.shape[1], past, cached=True)
+            new = logits[:, -1].argmax(-1)[:, None]
+            found = np.concatenate([found, new], axis=1)
+        return torch.from_numpy(found)
 
     def census(self) -> Census:
         """Counts the nodes that are left after ONNX Runtime's own optimizations.
@@ -189,10 +206,10 @@ class OnnxRuntime(Runtime):
             self._session = _start(self._model, self._mode, self._threads)
         return self._session
 
-    def _no_past(self) -> Feeds:
+    def _no_past(self, rows: int = 1) -> Feeds:
         """A cache of length 0."""
         return {
-            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+            value.name: np.zeros((rows, value.shape[1], 0, value.shape[3]), np.float32)
             for value in self._open().get_inputs()
             if value.name.startswith("past_key_values.")
         }
@@ -200,11 +217,12 @@ class OnnxRuntime(Runtime):
     def _run(
         self, ids: NDArray[np.int64], total: int, past: Feeds, *, cached: bool
     ) -> tuple[NDArray[np.float32], Feeds]:
-        """Logits of the last ids of a text of `total` tokens, and the cache for the next ones."""
+        """Logits of the last ids of texts of `total` tokens, and the cache for the next ones."""
+        rows, new = ids.shape
         feeds = {
             "input_ids": ids,
-            "attention_mask": np.ones((1, total), np.int64),
-            "position_ids": np.arange(total - ids.shape[1], total)[None],
+            "attention_mask": np.ones((rows, total), np.int64),
+            "position_ids": np.arange(total - new, total)[None].repeat(rows, axis=0),
             **past,
         }
         wanted = ["logits"]
@@ -218,8 +236,13 @@ class OnnxRuntime(Runtime):
             ) from error
         return logits, dict(zip(past, presents, strict=True)) if cached else {}
 
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model knows."""
+        return int(next(v for v in self._open().get_outputs() if v.name == "logits").shape[2])
+
     def _check_vocabulary(self, tokens: Tensor) -> None:
-        vocabulary = next(v for v in self._open().get_outputs() if v.name == "logits").shape[2]
+        vocabulary = self.vocabulary
         outside = tokens[(tokens < 0) | (tokens >= vocabulary)]
         if len(outside):
             raise InputError(

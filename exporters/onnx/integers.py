@@ -12,15 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from exporters.onnx.names import GROUPS
 from pipeline.errors import UnsupportedError, VerificationError
 from pipeline.quantization.formats import Format, QuantizedTensor
-
-GROUPS = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 8: (16, 32, 64, 128, 256)}
-"""Group sizes by width that ONNX Runtime fuses into a fast kernel.
-
-It leaves smaller ones and those in between unfused, computes zeros or noise with 512 in releases
-before 1.30 (issue 28551), and takes 30 times as long for 2 bits in groups of 16 or 256.
-"""
 
 OUTPUTS_AT_2_BITS = 4
 """ONNX Runtime repacks 2-bit weights wrongly where this does not divide the number of outputs."""
@@ -107,6 +101,16 @@ def storage_of(fmt: Format, shape: tuple[int, ...], name: str = "a matrix") -> S
             fix="use 3 or 4 bits for this matrix",
         )
     return Storage(bits, group, negated)
+
+
+def row_bytes(fmt: Format, width: int) -> int:
+    """Bytes of a row of `width` inputs, scales included.
+
+    Raises:
+        UnsupportedError: See `storage_of`.
+    """
+    storage = storage_of(fmt, (OUTPUTS_AT_2_BITS, width))
+    return width * storage.bits // 8 + 2 * width // storage.group
 
 
 def _width(fmt: Format) -> tuple[int, bool] | None:

@@ -14,6 +14,7 @@ from pipeline.cli_errors import session
 from pipeline.cli_help import MAIN, PROGRAM, TaughtCommand, TaughtGroup
 from pipeline.cli_options import (
     AllowPickle,
+    Attention,
     Debug,
     DryRun,
     Evaluation,
@@ -103,6 +104,39 @@ def verify(
         from pipeline import run
 
         report = run.verify(folder, model=model, allow_pickle=allow_pickle, progress=reporter)
+        _finish(report, reporter)
+
+
+@app.command(cls=TaughtCommand)
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An output folder of deploy.")],
+    *,
+    target: Annotated[
+        str, typer.Option("--target", metavar="FORMAT", help="gguf, onnx, or gguf,onnx.")
+    ],
+    output: Output = None,
+    attention: Attention = None,
+    model: OriginalModel = None,
+    overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
+    progress: ProgressMode = "auto",
+    debug: Debug = False,
+) -> None:
+    """Write a finished quantization in another file format, without solving again."""
+    with session(progress, debug=debug) as reporter:
+        from pipeline import reexport
+
+        report = reexport.reexport(
+            folder,
+            target,
+            output=output or Path(f"{folder.resolve().name}-{target.replace(',', '-')}"),
+            attention=attention,
+            model=model,
+            overwrite=overwrite,
+            allow_pickle=allow_pickle,
+            command=shlex.join([*PROGRAM.split(), *sys.argv[1:]]),
+            progress=reporter,
+        )
         _finish(report, reporter)
 
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import platform
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from exporters.gguf import gguf_name
 from pipeline import figures
 from pipeline.errors import InputError, QualityGateError, UsageError, VerificationError
+from pipeline.identity import identity_of, identity_of_importance
 from pipeline.progress import Progress, memory_bytes
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import ResolvedRecipe, load_recipe
@@ -35,7 +33,7 @@ from pipeline.stages.report import RECIPE, check_files, deliver
 from pipeline.stages.transform import transform
 from pipeline.stages.verify import Ladder, wants_llamacpp
 from pipeline.storage import OUTPUT_MARKER, check_free_space, check_output, publish, scratch_folder
-from pipeline.versions import RUNTIMES, versions
+from pipeline.versions import versions
 
 STAGES = ("load", "transform", "calibrate", "quantize", "export", "verify", "report")
 BYTES_PER_PARAMETER = 6
@@ -82,32 +80,92 @@ def deploy(
     Raises:
         PipelineError: Anything that stops the run before its end.
     """
-    output = output.resolve()
-    folder = _run_folder(output, run_dir)
-    if overwrite or not (output / OUTPUT_MARKER).is_file():
-        check_output(output, overwrite=overwrite)
+    order = Order(output.resolve(), run_dir, overwrite, fresh, command)
+    order.check()
     recipe = _with_absolute_paths(resolved.recipe)
-    source, texts = _prepare(recipe, allow_pickle, progress)
+    source, texts = prepare(recipe, allow_pickle, progress)
     resolved = replace(resolved, recipe=_of_checkpoint(recipe, source, progress))
-    check_free_space(folder, BYTES_PER_PARAMETER * source.checkpoint.num_parameters)
     importance = importance_of(resolved.recipe, source)
-    identity = _identity(resolved.recipe, source, texts)
-    identity |= _identity_of(importance)
-    with RunDirectory(folder, identity, fresh=fresh, warn=progress.warning) as run:
-        report = None if fresh or overwrite else _delivered(output, identity, resolved.recipe)
+    identity = identity_of(resolved.recipe, source, texts)
+    identity |= identity_of_importance(importance)
+
+    def matrices(run: RunDirectory) -> QuantizedModel:
+        return _matrices(resolved.recipe, source, texts, importance, run, progress)
+
+    return carry_out(order, identity, resolved, source, texts, matrices, progress)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Where a run's result goes, and how it deals with what is there.
+
+    Attributes:
+        output: Folder to create, absolute.
+        run_dir: Where finished blocks are kept; None: beside `output`, and removed after success.
+        overwrite: Replace an earlier output folder.
+        fresh: Ignore finished blocks.
+        command: The command line, for the model card.
+    """
+
+    output: Path
+    run_dir: Path | None
+    overwrite: bool
+    fresh: bool
+    command: str
+
+    @property
+    def folder(self) -> Path:
+        """Where finished blocks are kept."""
+        return _run_folder(self.output, self.run_dir)
+
+    def check(self) -> None:
+        """Find out before any work whether the result can be delivered. Raises PipelineError."""
+        _run_folder(self.output, self.run_dir)
+        if self.overwrite or not (self.output / OUTPUT_MARKER).is_file():
+            check_output(self.output, overwrite=self.overwrite)
+
+
+def carry_out(
+    order: Order,
+    identity: Mapping[str, Any],
+    resolved: ResolvedRecipe,
+    source: Source,
+    texts: Texts,
+    matrices: Callable[[RunDirectory], QuantizedModel],
+    progress: Progress,
+) -> Report:
+    """Make the matrices in a run directory, then export, verify and publish them.
+
+    Args:
+        order: Where to.
+        identity: Everything that decides the matrices.
+        resolved: The recipe.
+        source: The checkpoint.
+        texts: Evaluation text.
+        matrices: Makes them; takes finished ones from the run directory.
+        progress: Told what happens.
+
+    Returns:
+        See `deploy`.
+    """
+    output, overwrite = order.output, order.overwrite
+    check_free_space(order.folder, BYTES_PER_PARAMETER * source.checkpoint.num_parameters)
+    with RunDirectory(order.folder, identity, fresh=order.fresh, warn=progress.warning) as run:
+        again = order.fresh or overwrite
+        report = None if again else _delivered(output, identity, resolved.recipe)
         if report is None:
             check_output(output, overwrite=overwrite)
             _stage(progress, "quantize")
-            model = _matrices(resolved.recipe, source, texts, importance, run, progress)
+            model = matrices(run)
             try:
                 with publish(output, overwrite=overwrite) as staging:
-                    record = {"command": command, "identity": identity}
+                    record = {"command": order.command, "identity": identity}
                     report = _finish(staging, model, resolved, texts, record, progress)
             except _RejectedError as rejected:
                 return rejected.report
         else:
             progress.note(f"{output} is complete already: nothing was done again")
-        if run_dir is None:
+        if order.run_dir is None:
             run.delete()
     return replace(report, output=output)
 
@@ -143,11 +201,23 @@ def _with_absolute_paths(recipe: Recipe) -> Recipe:
     )
 
 
-def _prepare(recipe: Recipe, allow_pickle: bool, progress: Progress) -> tuple[Source, Texts]:
-    """Everything before the expensive work, and every refusal that does not need it."""
+def prepare(
+    recipe: Recipe,
+    allow_pickle: bool,
+    progress: Progress,
+    adapt: Callable[[Source], Source] = lambda source: source,
+) -> tuple[Source, Texts]:
+    """Everything before the expensive work, and every refusal that does not need it.
+
+    Args:
+        recipe: What to do.
+        allow_pickle: Accept PyTorch pickles.
+        progress: Told what happens.
+        adapt: Changes the source as soon as it is open.
+    """
     _stage(progress, "load")
     wants_llamacpp(recipe)
-    source = open_source(recipe, allow_pickle=allow_pickle)
+    source = adapt(open_source(recipe, allow_pickle=allow_pickle))
     check_onnx(source, recipe)
     for note in source.notes:
         progress.note(note)
@@ -293,33 +363,6 @@ def verify(
 
 def _stage(progress: Progress, name: str) -> None:
     progress.stage(name, STAGES.index(name) + 1, len(STAGES))
-
-
-def _identity(recipe: Recipe, source: Source, texts: Texts) -> dict[str, Any]:
-    """Everything that decides the bits of a block."""
-    tokens = hashlib.sha256(texts.calibration.numpy().tobytes()).hexdigest()
-    files = json.dumps(source.description["files"], sort_keys=True)
-    decisive = {f"recipe.{k}": v for k, v in recipe.decisive().items()}
-    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in decisive.items()}
-    decided = {name: version for name, version in versions().items() if name not in RUNTIMES}
-    return {
-        **plain,
-        **{f"version.{k}": v for k, v in decided.items()},
-        "checkpoint": hashlib.sha256(files.encode()).hexdigest(),
-        "calibration tokens": tokens,
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-    }
-
-
-def _identity_of(importance: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """The numbers of an importance matrix: its file may change between two runs."""
-    if not importance:
-        return {}
-    digest = hashlib.sha256()
-    for name, vector in sorted(importance.items()):
-        digest.update(name.encode() + vector.tobytes())
-    return {"importance": digest.hexdigest()}
 
 
 def _deployed(gate: Gate) -> bool:

@@ -14,6 +14,9 @@ TARGETS = ("gguf", "onnx")
 SHARED = {(4, 32): "Q4_0", (2, 64): "Q2_0", (8, 32): "Q8_0"}
 """Types by bits and group size that both targets hold: the same integers and fp16 scales."""
 
+GGUF_NAMES = {"INT4_G32": "Q4_0", "INT2_G64": "Q2_0"}
+"""Names in GGUF of integer types; those of 8 bits differ by one level."""
+
 FLOATS = ("F16", "F32")
 
 DEFAULT_GROUPS = {2: 64, 3: 32, 4: 32, 8: 32}
@@ -60,8 +63,7 @@ def check_held(kind: str, target: str) -> None:
     if kind in (*FLOATS, *SHARED.values()):
         return
     if is_integer_type(kind) and "gguf" in target:
-        match = _INTEGER.match(kind)
-        same = SHARED.get((int(match[1]), int(match[2]))) if match else None
+        same = GGUF_NAMES.get(kind)
         hint = f"{same} is what {kind} is called there" if same else f"both hold {shared}"
         raise ValueError(f"GGUF cannot hold {kind}; {hint}")
     if not is_integer_type(kind) and "onnx" in target:

@@ -67,7 +67,7 @@ def _front_matter(
     lines += [
         f"library_name: {recipe.targets[0]}",
         "pipeline_tag: text-generation",
-        f"tags: [{', '.join(recipe.targets)}, quantized, {json.dumps(recipe.type)}, {', '.join(methods)}]",
+        f"tags: [{', '.join((*recipe.targets, 'quantized', json.dumps(recipe.type), *methods))}]",
         "---",
     ]
     return "\n".join(lines)

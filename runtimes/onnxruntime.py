@@ -59,6 +59,8 @@ class OnnxRuntime(Runtime):
         model: ONNX file, its weights and tokenizer.json beside it.
         mode: Arithmetic of quantized products, see the module.
         threads: CPU threads; None for all that this process may use.
+        spin: Let threads wait busily, as is ONNX Runtime's default. Many times slower when other
+            programs run too.
 
     Raises:
         InputError: The file does not exist.
@@ -66,7 +68,12 @@ class OnnxRuntime(Runtime):
     """
 
     def __init__(
-        self, model: str | Path, *, mode: Mode = "exact", threads: int | None = None
+        self,
+        model: str | Path,
+        *,
+        mode: Mode = "exact",
+        threads: int | None = None,
+        spin: bool = False,
     ) -> None:
         self._model = Path(model)
         if not self._model.is_file():
@@ -79,6 +86,7 @@ class OnnxRuntime(Runtime):
             raise UsageError(f"threads {threads}: must be positive")
         self._mode = mode
         self._threads = threads or _cpu_count()
+        self._spin = spin
         self._session: Any = None
         self._speed: float | None = None
 
@@ -203,7 +211,7 @@ class OnnxRuntime(Runtime):
 
     def _open(self) -> Any:
         if self._session is None:
-            self._session = _start(self._model, self._mode, self._threads)
+            self._session = _start(self._model, self._mode, self._threads, spin=self._spin)
         return self._session
 
     def _no_past(self, rows: int = 1) -> Feeds:
@@ -251,7 +259,9 @@ class OnnxRuntime(Runtime):
             )
 
 
-def _start(model: Path, mode: Mode, threads: int, optimized: Path | None = None) -> Any:
+def _start(
+    model: Path, mode: Mode, threads: int, optimized: Path | None = None, *, spin: bool = False
+) -> Any:
     """A session; the model as ONNX Runtime optimized it goes to `optimized`."""
     import onnxruntime as ort
 
@@ -260,6 +270,7 @@ def _start(model: Path, mode: Mode, threads: int, optimized: Path | None = None)
     options.inter_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry(ACCURACY_LEVEL, _LEVELS[mode])
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry(

@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import ResourceError, VerificationError
 from runtimes.llamacpp_process import child_environment
@@ -91,7 +92,8 @@ def _measured(model: Path, mode: str, prompt: int, new: int, threads: int) -> Sp
     from runtimes.onnxruntime import OnnxRuntime
 
     before = _resident_bytes()
-    runtime = OnnxRuntime(model, mode=mode, threads=threads or None)  # type: ignore[arg-type]
+    chosen: Any = mode
+    runtime = OnnxRuntime(model, mode=chosen, threads=threads or None, spin=True)
     start = time.perf_counter()
     runtime.greedy([0], 1)
     load = time.perf_counter() - start

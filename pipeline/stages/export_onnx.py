@@ -49,7 +49,7 @@ def check_onnx(source: Source, recipe: Recipe) -> None:
         raise ValueError(f"{name} is not to be read")
 
     entries = _entries(source, unread)
-    decoder_model(source.checkpoint.config, entries, _rotary(source), recipe.onnx.attention)
+    decoder_model(source.checkpoint.config, entries, rotary_of(source), recipe.onnx.attention)
 
 
 def export_onnx(folder: Path, model: QuantizedModel, recipe: Recipe) -> tuple[Path, dict[str, Any]]:
@@ -86,7 +86,7 @@ def export_onnx(folder: Path, model: QuantizedModel, recipe: Recipe) -> tuple[Pa
         folder,
         config=source.checkpoint.config,
         entries=_entries(source, read),
-        rotary=_rotary(source),
+        rotary=rotary_of(source),
         attention=recipe.onnx.attention,
         provenance={
             "piso.generator": f"piso-deploy {versions()['piso-deploy']}",
@@ -121,7 +121,8 @@ def _entries(source: Source, read: Callable[[str], Content]) -> list[WeightEntry
     return [entry(name, shape) for name, shape in source.shapes.items()]
 
 
-def _rotary(source: Source) -> Rotary:
+def rotary_of(source: Source) -> Rotary:
+    """The model's position embedding."""
     frequencies, magnitude = TorchReference(source.config, source.read).rotary
     return Rotary(frequencies, magnitude)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 def types() -> dict[str, str]:
     """Types of decoder weights."""
     from pipeline.quantization.formats import get_format
+    from pipeline.quantization.formats.integer import MOST_ZERO_POINT_BITS
     from pipeline.recipe import TABLE_TYPES, WEIGHT_TYPES
     from pipeline.targets import DEFAULT_GROUPS, groups_of
 
@@ -22,6 +23,8 @@ def types() -> dict[str, str]:
         groups = ", ".join(map(str, groups_of(bits)))
         container = " in a container of 4" if bits == 3 else ""
         listed[f"INT{bits}_G<group>"] = f"ONNX: {bits} bits{container}, one scale for {groups}"
+        if bits <= MOST_ZERO_POINT_BITS:
+            listed[f"UINT{bits}_G<group>"] = "ONNX: likewise, and an integer zero point"
     return listed
 
 

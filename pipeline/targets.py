@@ -22,7 +22,7 @@ FLOATS = ("F16", "F32")
 DEFAULT_GROUPS = {2: 64, 3: 32, 4: 32, 8: 32}
 """Group size by bits; 2 bits in groups of 32 take ONNX Runtime more than twice as long as in 64."""
 
-_INTEGER = re.compile(r"INT([2348])_G([1-9]\d*)\Z")
+_INTEGER = re.compile(r"(INT(?=[2348])|UINT(?=[234]))(\d)_G([1-9]\d*)\Z")
 
 
 def parse_targets(text: str) -> str:
@@ -41,7 +41,7 @@ def parse_targets(text: str) -> str:
 def is_integer_type(name: str) -> bool:
     """Whether a name, upper case, is a type of integers that ONNX Runtime computes fast."""
     match = _INTEGER.match(name)
-    return match is not None and int(match[2]) in groups_of(int(match[1]))
+    return match is not None and int(match[3]) in groups_of(int(match[2]))
 
 
 def groups_of(bits: int) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ def check_held(kind: str, target: str) -> None:
         raise ValueError(f"GGUF cannot hold {kind}; {hint}")
     if not is_integer_type(kind) and "onnx" in target:
         what = "the mix" if kind in BASES and BASES[kind] != kind else "type"
-        also = "" if "gguf" in target else ", and INT4_G32, INT3_G64, INT2_G64 and the like"
+        also = "" if "gguf" in target else ", and INT4_G32, INT3_G64, UINT2_G64 and the like"
         raise ValueError(f"ONNX cannot hold {what} {kind}; it holds {shared}{also}")
 
 
@@ -90,9 +90,10 @@ def compose_type(
     if bits not in DEFAULT_GROUPS:
         raise UsageError(f"--bits {bits}", why="weights have 2, 3, 4 or 8 bits here")
     group = DEFAULT_GROUPS[bits] if group_size is None else group_size
-    if symmetric is False:
+    if symmetric is False and (bits == 8 or target != "onnx"):
         raise UsageError(
-            "--asymmetric: zero points are not implemented",
+            f"--asymmetric with {bits} bits for {target}",
+            why="there are integer zero points in ONNX, with 2, 3 and 4 bits",
             fix="leave it out; symmetric types may have negative scales",
         )
     if target != "onnx":
@@ -111,7 +112,7 @@ def compose_type(
             why="ONNX Runtime has no fast kernel for such groups, or computes them wrongly",
             fix=f"use {known}",
         )
-    return f"INT{bits}_G{group}"
+    return f"{'UINT' if symmetric is False else 'INT'}{bits}_G{group}"
 
 
 def smaller_group(kind: str) -> str | None:
@@ -119,5 +120,5 @@ def smaller_group(kind: str) -> str | None:
     match = _INTEGER.match(kind)
     if match is None:
         return None
-    halved = f"INT{match[1]}_G{int(match[2]) // 2}"
+    halved = f"{match[1]}{match[2]}_G{int(match[3]) // 2}"
     return halved if is_integer_type(halved) else None

@@ -10,7 +10,7 @@ GENAI_CONFIG = "genai_config.json"
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
-QUANTIZED, SCALE = "_quantized", "_scale"
+QUANTIZED, SCALE, ZERO = "_quantized", "_scale", "_zero_point"
 """Ends of the names of a quantized weight's parts, as ONNX Runtime's own quantizer has them."""
 
 PROVENANCE = "piso."

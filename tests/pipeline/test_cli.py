@@ -228,6 +228,7 @@ def test_output_is_named_after_the_model_and_type(run: StubRun, invoke: Invoke) 
         (["--bits", "2", "--group-size", "128", "--symmetric"], "INT2_G128"),
         (["--group-size", "64"], "INT4_G64"),
         (["--symmetric"], "INT4_G32"),
+        (["--asymmetric", "--bits", "2"], "UINT2_G64"),
     ],
 )
 def test_bits_group_size_and_symmetry_compose_the_type(

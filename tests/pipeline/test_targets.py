@@ -36,7 +36,9 @@ def test_unknown_targets(text: str) -> None:
         parse_targets(text)
 
 
-@pytest.mark.parametrize("name", [f"INT{b}_G{g}" for b, g in product(range(2, 9), GROUPS)])
+@pytest.mark.parametrize(
+    "name", [f"{u}INT{b}_G{g}" for u, b, g in product(("", "U"), range(2, 9), GROUPS)]
+)
 def test_integer_types_are_those_that_the_exporter_stores(name: str) -> None:
     try:
         storage_of(get_format(name), (512, 512))
@@ -104,6 +106,14 @@ def test_composed_types(target: str, bits: int | None, group: int | None, kind: 
     check_held(kind, target)
 
 
+@pytest.mark.parametrize(("bits", "kind"), [(4, "UINT4_G32"), (3, "UINT3_G32"), (2, "UINT2_G64")])
+def test_asymmetric_types(bits: int, kind: str) -> None:
+    assert compose_type("onnx", bits, None, False) == kind
+    check_held(kind, "onnx")
+    with pytest.raises(ValueError, match="GGUF cannot hold UINT"):
+        check_held(kind, "gguf,onnx")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -112,6 +122,8 @@ def test_composed_types(target: str, bits: int | None, group: int | None, kind: 
         (("onnx", 2, 16, None), "use 32, 64, 128"),
         (("gguf,onnx", 3, None, None), "GGUF has no such type"),
         (("gguf", 4, 64, None), "4 bits in groups of 32"),
+        (("onnx", 8, None, False), "with 2, 3 and 4 bits"),
+        (("gguf,onnx", 4, None, False), "with 2, 3 and 4 bits"),
     ],
 )
 def test_types_that_there_are_not(
@@ -123,6 +135,7 @@ def test_types_that_there_are_not(
 
 def test_smaller_groups_end_where_the_runtime_has_none() -> None:
     assert smaller_group("INT4_G64") == "INT4_G32"
+    assert smaller_group("UINT3_G32") == "UINT3_G16"
     assert smaller_group("INT4_G16") is None
     assert smaller_group("INT2_G32") is None
     assert smaller_group("Q4_0") is None

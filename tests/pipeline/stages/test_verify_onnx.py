@@ -21,10 +21,17 @@ from pipeline.stages.load import Source, open_source
 from pipeline.stages.verify_onnx import climb_onnx, greedy_gate, prompts_of
 from runtimes.onnxruntime import Census, OnnxRuntime
 from runtimes.onnxruntime_speed import Speed
-from tests.deploying import deploy
+from tests.deploying import deploy, short_text
 from tests.tiny import trained_checkpoint
 
-OPTIONS = {"target": "onnx", "type": "INT4_G32", "evaluation.chunks": 2}
+OPTIONS = {
+    "target": "onnx",
+    "type": "INT4_G32",
+    "evaluation.chunks": 2,
+    "calibration.source": short_text(),
+    "calibration.mismatch": 0.0,
+    "quantization.refine_rounds": 0,
+}
 SPEED = Speed(1.0, 123.4, 56.7, 8_000_000)
 
 

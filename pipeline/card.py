@@ -43,7 +43,7 @@ def render_card(
     name = base_model or PurePath(recipe.model or "demo model").name
     sections = (
         _front_matter(recipe, base_model, license_name, methods),
-        f"# {_line(name)}, {recipe.label} {recipe.target.upper()}",
+        f"# {_line(name)}, {recipe.label} {' and '.join(recipe.targets).upper()}",
         _introduction(report, name, recipe),
         _table("Quality", figures.QUALITY_COLUMNS, map(figures.quality_row, report.qualities)),
         _table("Parity with PyTorch", figures.GATE_COLUMNS, map(figures.gate_row, report.gates)),
@@ -65,9 +65,9 @@ def _front_matter(
     if license_name:
         lines.append(f"license: {json.dumps(license_name)}")
     lines += [
-        f"library_name: {recipe.target}",
+        f"library_name: {recipe.targets[0]}",
         "pipeline_tag: text-generation",
-        f"tags: [{recipe.target}, quantized, {json.dumps(recipe.label)}, {', '.join(methods)}]",
+        f"tags: [{', '.join((*recipe.targets, 'quantized', json.dumps(recipe.label), *methods))}]",
         "---",
     ]
     return "\n".join(lines)

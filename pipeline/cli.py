@@ -14,6 +14,7 @@ from pipeline.cli_errors import session
 from pipeline.cli_help import MAIN, PROGRAM, TaughtCommand, TaughtGroup
 from pipeline.cli_options import (
     AllowPickle,
+    Attention,
     Debug,
     DryRun,
     Evaluation,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipeline.progress import Progress
+    from pipeline.recipe import Recipe
     from pipeline.report import Report
 
 app = typer.Typer(
@@ -70,7 +72,7 @@ def deploy(
         resolved = choice.resolve()
         from pipeline import run
 
-        output = output or _default_output(resolved.recipe.model, resolved.recipe.label)
+        output = output or _default_output(resolved.recipe)
         if dry_run:
             from pipeline.tables import print_plan
 
@@ -111,6 +113,39 @@ def verify(
         from pipeline import run
 
         report = run.verify(folder, model=model, allow_pickle=allow_pickle, progress=reporter)
+        _finish(report, reporter)
+
+
+@app.command(cls=TaughtCommand)
+def export(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="An output folder of deploy.")],
+    *,
+    target: Annotated[
+        str, typer.Option("--target", metavar="FORMAT", help="gguf, onnx, or gguf,onnx.")
+    ],
+    output: Output = None,
+    attention: Attention = None,
+    model: OriginalModel = None,
+    overwrite: Overwrite = False,
+    allow_pickle: AllowPickle = False,
+    progress: ProgressMode = "auto",
+    debug: Debug = False,
+) -> None:
+    """Write a finished quantization in another file format, without solving again."""
+    with session(progress, debug=debug) as reporter:
+        from pipeline import reexport
+
+        report = reexport.reexport(
+            folder,
+            target,
+            output=output or Path(f"{folder.resolve().name}-{target.replace(',', '-')}"),
+            attention=attention,
+            model=model,
+            overwrite=overwrite,
+            allow_pickle=allow_pickle,
+            command=shlex.join([*PROGRAM.split(), *sys.argv[1:]]),
+            progress=reporter,
+        )
         _finish(report, reporter)
 
 
@@ -200,6 +235,6 @@ def _console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
 
-def _default_output(model: str | None, label: str) -> Path:
-    name = Path(model).resolve().name if model else "demo"
-    return Path(f"{name}-{label}-gguf")
+def _default_output(recipe: Recipe) -> Path:
+    name = Path(recipe.model).resolve().name if recipe.model else "demo"
+    return Path(f"{name}-{recipe.label}-{'-'.join(recipe.targets)}")

@@ -32,11 +32,17 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("deploy ./my-model --type Q4_K_M -o mixed", "one of llama-quantize's mixes"),
         ("deploy ./my-model --target-size 15MB -o fits", "the best types that fit in 15 MB"),
         ("deploy ./my-model --type Q2_K --pure --dry-run", "types and sizes, nothing else"),
+        ("deploy ./my-model --target onnx --bits 4 -o out", "for ONNX Runtime"),
+        ("deploy ./my-model --target gguf,onnx --bits 2 -o out", "both from one quantization"),
         ("deploy --recipe r.toml --set calibration.seqlen=256", "a recipe, with one change"),
     ),
     "verify": (
         ("verify out", "hashes, then the whole ladder"),
         ("verify out --model /new/place/my-model", "the original has moved"),
+    ),
+    "export": (
+        ("export out --target onnx -o out-onnx", "the codes and scales of out, not solved again"),
+        ("export out --target onnx --attention gqa -o out-gqa", "another graph"),
     ),
     "inspect": (
         ("inspect out/model.gguf", "metadata, tensors, bits per weight"),

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from pipeline.errors import UsageError
+
 if TYPE_CHECKING:
     from pipeline.recipe_files import ResolvedRecipe
 
@@ -43,7 +45,9 @@ RecipeFile = Annotated[
 Overrides = Annotated[
     list[str] | None, _option("--set", "KEY=VALUE", "Any key of the recipe; repeatable.", _RECIPE)
 ]
-Target = Annotated[str | None, _option("--target", "FORMAT", "File format: gguf.", _TYPES)]
+Target = Annotated[
+    str | None, _option("--target", "FORMAT", "File format: gguf, onnx, or gguf,onnx.", _TYPES)
+]
 WeightType = Annotated[
     str | None, _option("--type", "T", "Of the weights: Q4_0, Q2_K, Q4_K_M, ...", _TYPES)
 ]
@@ -54,6 +58,24 @@ TargetSize = Annotated[
 TargetBpw = Annotated[
     float | None,
     _option("--target-bpw", "BITS", "The same, in bits of the file a parameter.", _TYPES),
+]
+Bits = Annotated[
+    int | None, _option("--bits", "N", "In place of --type: 2, 3, 4 or 8 bits.", _TYPES)
+]
+GroupSize = Annotated[
+    int | None, _option("--group-size", "N", "Likewise: inputs that share a scale.", _TYPES)
+]
+Symmetric = Annotated[
+    bool | None,
+    typer.Option(
+        "--symmetric/--asymmetric",
+        help="Likewise: levels around 0, or a zero point a group.",
+        rich_help_panel=_TYPES,
+    ),
+]
+Attention = Annotated[
+    str | None,
+    _option("--attention", "KIND", "Of ONNX graphs: standard, primitive or gqa.", _TYPES),
 ]
 Pure = Annotated[bool, _switch("--pure", "All matrices in the one type, no mix.", _TYPES)]
 TensorTypes = Annotated[
@@ -111,18 +133,33 @@ class RecipeChoice:
         file: TOML recipe, if any.
         overrides: ``key=value`` texts, in order.
         options: Values by dotted recipe key; None where the option was not given.
+        composed: Bits, group size and symmetry, which together mean a type; None likewise.
     """
 
     preset: str
     file: Path | None
     overrides: tuple[str, ...]
     options: dict[str, Any]
+    composed: tuple[int | None, int | None, bool | None] = (None, None, None)
 
     def resolve(self) -> ResolvedRecipe:
         """Layer and validate; imports pydantic, which ``--help`` must not pay for."""
         from pipeline.recipe_files import load_recipe
 
-        return load_recipe(self.preset, self.file, self.overrides, self.options)
+        resolved = load_recipe(self.preset, self.file, self.overrides, self.options)
+        if self.composed == (None, None, None):
+            return resolved
+        from pipeline.recipe_files import OPTION
+        from pipeline.targets import compose_type
+
+        if resolved.origins["type"] in ("--set", OPTION):
+            raise UsageError(
+                f"type {resolved.recipe.type} and --bits, --group-size or --symmetric",
+                why="both say what the weights are",
+                fix="give the one or the other",
+            )
+        kind = compose_type(resolved.recipe.target, *self.composed)
+        return load_recipe(self.preset, self.file, self.overrides, {**self.options, "type": kind})
 
 
 def recipe_options(
@@ -135,6 +172,10 @@ def recipe_options(
     weight_type: WeightType = None,
     target_size: TargetSize = None,
     target_bpw: TargetBpw = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    symmetric: Symmetric = None,
+    attention: Attention = None,
     pure: Pure = False,
     tensor_types: TensorTypes = None,
     token_embedding_type: EmbeddingType = None,
@@ -170,8 +211,10 @@ def recipe_options(
         "calibration.seqlen": seqlen,
         "evaluation.source": evaluation,
         "runtime.llamacpp": runtime,
+        "onnx.attention": attention,
     }
-    return RecipeChoice(preset, recipe, tuple(overrides or ()), options)
+    composed = (bits, group_size, symmetric)
+    return RecipeChoice(preset, recipe, tuple(overrides or ()), options, composed)
 
 
 def takes_recipe(command: Callable[..., None]) -> Callable[..., None]:

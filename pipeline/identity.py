@@ -1,4 +1,4 @@
-"""What decides the bits of a run: recipe, inputs, versions, threads, machine."""
+"""What decides the bits of a run's matrices: a resume under another identity is refused."""
 
 from __future__ import annotations
 
@@ -6,29 +6,15 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
 import numpy as np
 import torch
 
-from pipeline import __version__
 from pipeline.recipe import Recipe
 from pipeline.stages.calibrate import Texts
 from pipeline.stages.load import Source
-
-VERSIONED = ("torch", "transformers", "numpy", "numba", "gguf", "tokenizers", "safetensors")
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that decides the bytes, and of llama-cpp-python if it is there."""
-    found = {"piso-deploy": __version__, "python": platform.python_version()}
-    for package in (*VERSIONED, "llama-cpp-python"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+from pipeline.versions import RUNTIMES, versions
 
 
 def identity_of_run(recipe: Recipe, source: Source, texts: Texts) -> dict[str, Any]:
@@ -37,7 +23,7 @@ def identity_of_run(recipe: Recipe, source: Source, texts: Texts) -> dict[str, A
     files = json.dumps(source.description["files"], sort_keys=True)
     decisive = {f"recipe.{k}": v for k, v in recipe.decisive().items()}
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in decisive.items()}
-    decided = {name: version for name, version in versions().items() if name != "llama-cpp-python"}
+    decided = {name: version for name, version in versions().items() if name not in RUNTIMES}
     return {
         **plain,
         **{f"version.{k}": v for k, v in decided.items()},

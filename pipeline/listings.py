@@ -8,7 +8,9 @@ from collections.abc import Callable
 def types() -> dict[str, str]:
     """Types of decoder weights."""
     from pipeline.quantization.formats import get_format
+    from pipeline.quantization.formats.integer import MOST_ZERO_POINT_BITS
     from pipeline.recipe import TABLE_TYPES, WEIGHT_TYPES
+    from pipeline.targets import DEFAULT_GROUPS, groups_of
 
     listed = {}
     for fmt in sorted(map(get_format, WEIGHT_TYPES), key=lambda fmt: fmt.bits_per_weight):
@@ -16,7 +18,14 @@ def types() -> dict[str, str]:
         text = f"{fmt.bits_per_weight:.4g} bits per weight, one {offset} for {fmt.group_size}"
         listed[fmt.name] = text
     tables_only = "for the token embedding and the output head only"
-    return listed | dict.fromkeys(TABLE_TYPES[len(WEIGHT_TYPES) :], tables_only)
+    listed |= dict.fromkeys(TABLE_TYPES[len(WEIGHT_TYPES) :], tables_only)
+    for bits in DEFAULT_GROUPS:
+        groups = ", ".join(map(str, groups_of(bits)))
+        container = " in a container of 4" if bits == 3 else ""
+        listed[f"INT{bits}_G<group>"] = f"ONNX: {bits} bits{container}, one scale for {groups}"
+        if bits <= MOST_ZERO_POINT_BITS:
+            listed[f"UINT{bits}_G<group>"] = "ONNX: likewise, and an integer zero point"
+    return listed
 
 
 def presets() -> dict[str, str]:
@@ -38,6 +47,8 @@ def architectures() -> dict[str, str]:
 
 def runtimes() -> dict[str, str]:
     """Runtimes that a file can be proved in."""
+    from importlib.metadata import version
+
     from runtimes import llamacpp
 
     found = f"installed ({llamacpp.version()})" if llamacpp.available() else "not installed"
@@ -45,6 +56,7 @@ def runtimes() -> dict[str, str]:
         "torch": "full precision reference; always there",
         "emulator": "ggml's arithmetic in NumPy and PyTorch; always there",
         "llama.cpp": f"stock llama.cpp through llama-cpp-python; {found}",
+        "onnxruntime": f"ONNX Runtime on the CPU; {version('onnxruntime')}",
     }
 
 

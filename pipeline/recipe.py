@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from functools import cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -26,6 +26,7 @@ from pipeline.mixes import BASES
 from pipeline.recipe_quantization import Frozen, Quantization
 from pipeline.sizes import parse_size, size_label
 from pipeline.suggest import did_you_mean
+from pipeline.targets import check_held, is_integer_type, parse_targets
 from pipeline.transforms import TRANSFORMS
 
 WEIGHT_TYPES = (
@@ -53,8 +54,8 @@ Value = str | int | float | bool | None | tuple[str, ...]
 
 def _one_of(known: tuple[str, ...]) -> AfterValidator:
     def check(value: str) -> str:
-        if value.upper() not in known:
-            raise ValueError(f"unknown type; {did_you_mean(value, known)}")
+        if value.upper() not in known and not is_integer_type(value.upper()):
+            raise ValueError(f"unknown type; {did_you_mean(value, known)}; INT4_G32 ... for ONNX")
         return value.upper()
 
     return AfterValidator(check)
@@ -75,7 +76,7 @@ def split_tensor_type(text: str) -> tuple[str, str]:
     pattern, equals, kind = text.rpartition("=")
     if not equals or not pattern:
         raise ValueError(f"{text!r} is not REGEX=TYPE")
-    if kind.upper() not in TABLE_TYPES:
+    if kind.upper() not in TABLE_TYPES and not is_integer_type(kind.upper()):
         raise ValueError(f"unknown type {kind!r}; {did_you_mean(kind, TABLE_TYPES)}")
     try:
         re.compile(pattern)
@@ -94,6 +95,7 @@ Size = Annotated[
     int, Field(ge=1), BeforeValidator(lambda v: parse_size(v) if isinstance(v, str) else v)
 ]
 TableType = Annotated[str, _one_of(TABLE_TYPES)]
+Target = Annotated[str, AfterValidator(parse_targets)]
 Transform = Annotated[str, AfterValidator(_known_transform)]
 Name = Annotated[str, Field(min_length=1)]
 
@@ -163,6 +165,16 @@ class Evaluation(Frozen):
     )
 
 
+class Onnx(Frozen):
+    """The graph of ONNX files."""
+
+    attention: Literal["standard", "primitive", "gqa"] = Field(
+        default="standard",
+        description="Operators: of the ONNX standard, of opset 21 only, or ONNX Runtime's "
+        "GroupQueryAttention.",
+    )
+
+
 class Gates(Frozen):
     """Limits of the parity ladder; beyond one, the run fails."""
 
@@ -170,6 +182,11 @@ class Gates(Frozen):
         default=1e-5,
         gt=0,
         description="abs(d ln ppl), runtime on the unquantized twin against PyTorch.",
+    )
+    logits: float = Field(
+        default=1e-3,
+        gt=0,
+        description="Largest difference of a logit, ONNX Runtime's exact mode against PyTorch.",
     )
     kernels_rms: float = Field(
         default=1e-4,
@@ -216,11 +233,13 @@ class Recipe(Frozen):
         default=None, description="Checkpoint folder or hub id; unset: the embedded demo model."
     )
     revision: Name | None = Field(default=None, description="Branch, tag or commit of a hub model.")
-    target: Literal["gguf"] = Field(default="gguf", description="File format to produce.")
+    target: Target = Field(
+        default="gguf", description="File formats to produce: gguf, onnx, or both (gguf,onnx)."
+    )
     type: WeightType | None = Field(
         default=None,
-        description=f"Type of the weights, or a mix of llama-quantize; unset: {DEFAULT_TYPE}, or "
-        "what a budget buys.",
+        description=f"Type of the weights, or a mix of llama-quantize (GGUF); unset: "
+        f"{DEFAULT_TYPE}, or what a budget buys.",
     )
     pure: bool = Field(default=False, description="All matrices in the one type, no mix.")
     target_size: Size | None = Field(
@@ -269,6 +288,7 @@ class Recipe(Frozen):
     calibration: Calibration = Calibration()
     quantization: Quantization = Quantization()
     evaluation: Evaluation = Evaluation()
+    onnx: Onnx = Onnx()
     gates: Gates = Gates()
     runtime: Runtime = Runtime()
 
@@ -284,6 +304,8 @@ class Recipe(Frozen):
     def _replaces_a_type(
         cls, budget: int | float | None, info: ValidationInfo
     ) -> int | float | None:
+        if budget is not None and "onnx" in info.data.get("target", ""):
+            raise ValueError("a budget chooses among types of GGUF; give --type or --bits for ONNX")
         given = [key for key in ("type", *BUDGETS) if info.data.get(key) is not None]
         given += ["pure"] if info.data.get("pure") else []
         if budget is not None and given:
@@ -317,6 +339,24 @@ class Recipe(Frozen):
             return size_label(self.target_size)
         return self.weight_type if self.target_bpw is None else f"{self.target_bpw:g}bpw"
 
+    @field_validator("type", "token_embedding_type", "output_tensor_type", "tensor_types")
+    @classmethod
+    def _held_by_target(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = (
+            (text.rpartition("=")[2] for text in value)
+            if info.field_name == "tensor_types"
+            else [value]
+        )
+        for kind in kinds:
+            if kind is not None and "target" in info.data:
+                check_held(kind, info.data["target"])
+        return value
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """File formats to produce, the main one first."""
+        return tuple(self.target.split(","))
+
     def flat(self) -> dict[str, Value]:
         """Every value under its dotted key (``calibration.samples``), in field order."""
         return {key: _lookup(self, key) for key in recipe_fields()}
@@ -324,10 +364,10 @@ class Recipe(Frozen):
     def decisive(self) -> dict[str, Value]:
         """The values that decide the bytes of the quantized weights, under their dotted keys.
 
-        What only measures or judges the result (evaluation, gates, runtime) is left out, so that an
-        interrupted run may continue with another gate.
+        What only measures or judges the result (evaluation, gates, runtime) or writes it (onnx) is
+        left out, so that an interrupted run may continue with another gate.
         """
-        measuring = ("evaluation.", "gates.", "runtime.")
+        measuring = ("evaluation.", "gates.", "runtime.", "onnx.")
         return {key: value for key, value in self.flat().items() if not key.startswith(measuring)}
 
 

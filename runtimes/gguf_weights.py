@@ -52,6 +52,11 @@ class GGUFWeights:
             name = gguf_name("model.embed_tokens.weight")
         return self._in_checkpoint_order(name, self.decode(name))
 
+    def rows(self, hf_name: str) -> np.ndarray:
+        """Stored bytes of a tensor in the row order of the checkpoint, uint8 [rows, row bytes]."""
+        name = gguf_name(hf_name)
+        return self._in_checkpoint_order(name, torch.from_numpy(self.raw(name).copy())).numpy()
+
     def linear(self, hf_name: str) -> Callable[[nn.Linear], nn.Module]:
         """Wrapper that gives a linear llama.cpp's activation rounding for this tensor's type."""
         name = gguf_name(hf_name)

@@ -99,7 +99,7 @@ class WorkerProcess:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._log,
-                env=_environment(),
+                env=child_environment(),
             )
         except OSError as error:
             self._log.close()
@@ -209,7 +209,7 @@ class WorkerProcess:
         return "\n".join([line.rstrip() for line in lines if line.strip(" .")][-LOG_LINES:])
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """The caller's environment, and where to find this package if it is not installed."""
     environment = {
         # Threads that spin while they wait are many times slower when other programs run too.

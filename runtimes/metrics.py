@@ -201,6 +201,7 @@ class Comparison:
     kld_p999: float
     kld_max: float
     top1_agreement: float
+    logit_difference: float
     windows: int
 
 
@@ -238,11 +239,13 @@ class ComparisonAccumulator:
             candidate = candidate_logits[rows].to(reference.device)
             candidate = _log_probabilities(candidate, "candidate logits")
             agree = reference.argmax(-1) == candidate.argmax(-1)
+            apart = reference_logits[rows] - candidate_logits[rows].to(reference.device)
             scalars = (
                 _nll(reference, targets[rows]),
                 _nll(candidate, targets[rows]),
                 _kl(reference, candidate),
                 agree.double(),
+                apart.abs().amax(-1).double(),
             )
             self._scalars.append(torch.stack(scalars).cpu())
 
@@ -254,7 +257,7 @@ class ComparisonAccumulator:
         """
         if not any(part.numel() for part in self._scalars):
             raise InputError("nothing to compare", why="no token was evaluated")
-        reference, candidate, kld, agree = torch.cat(self._scalars, dim=1)
+        reference, candidate, kld, agree, apart = torch.cat(self._scalars, dim=1)
         delta = candidate - reference
         size = self._tokens_per_window
         return Comparison(
@@ -268,6 +271,7 @@ class ComparisonAccumulator:
             kld_p999=_quantile(kld, 0.999),
             kld_max=kld.max().item(),
             top1_agreement=agree.mean().item(),
+            logit_difference=apart.max().item(),
             windows=math.ceil(kld.numel() / size),
         )
 

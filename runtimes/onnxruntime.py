@@ -59,6 +59,8 @@ class OnnxRuntime(Runtime):
         model: ONNX file, its weights and tokenizer.json beside it.
         mode: Arithmetic of quantized products, see the module.
         threads: CPU threads; None for all that this process may use.
+        spin: Let threads wait busily, as is ONNX Runtime's default. Many times slower when other
+            programs run too.
 
     Raises:
         InputError: The file does not exist.
@@ -66,7 +68,12 @@ class OnnxRuntime(Runtime):
     """
 
     def __init__(
-        self, model: str | Path, *, mode: Mode = "exact", threads: int | None = None
+        self,
+        model: str | Path,
+        *,
+        mode: Mode = "exact",
+        threads: int | None = None,
+        spin: bool = False,
     ) -> None:
         self._model = Path(model)
         if not self._model.is_file():
@@ -79,6 +86,7 @@ class OnnxRuntime(Runtime):
             raise UsageError(f"threads {threads}: must be positive")
         self._mode = mode
         self._threads = threads or _cpu_count()
+        self._spin = spin
         self._session: Any = None
         self._speed: float | None = None
 
@@ -105,7 +113,7 @@ class OnnxRuntime(Runtime):
         return self._logits(tokens, first)
 
     def _logits(self, tokens: Tensor, first: int) -> Iterator[Tensor]:
-        self._check_vocabulary(tokens)
+        _check_vocabulary(tokens, self.vocabulary)
         seconds = 0.0
         for window in tokens.cpu().numpy():
             ids = window[None]
@@ -117,9 +125,7 @@ class OnnxRuntime(Runtime):
             self._speed = tokens.numel() / seconds
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
-        """The `count` most probable next tokens, one after the other through the cache.
-
-        No token ends the text. Among equal logits the lowest id wins, as in torch.argmax.
+        """`greedy_batch` of one prompt.
 
         Raises:
             InputError: An empty prompt, or a token outside the vocabulary.
@@ -127,15 +133,34 @@ class OnnxRuntime(Runtime):
         """
         if not prompt:
             raise InputError("the prompt is empty", fix="give at least one token")
-        ids = torch.tensor(prompt, dtype=torch.int64)
-        self._check_vocabulary(ids)
-        found: list[int] = []
-        new, past = ids.numpy()[None], self._no_past()
-        while len(found) < count:
-            logits, past = self._run(new, len(prompt) + len(found), past, cached=True)
-            found.append(int(logits[0, -1].argmax()))
-            new = np.array([found[-1:]])
+        found: list[int] = self.greedy_batch(torch.tensor([list(prompt)]), count)[0].tolist()
         return found
+
+    def greedy_batch(self, prompts: Tensor, count: int) -> Tensor:
+        """The `count` most probable next tokens, one after the other through the cache.
+
+        No token ends a text. Among equal logits the lowest id wins, as in torch.argmax.
+
+        Args:
+            prompts: int64 [prompts, length].
+            count: Tokens to add to each.
+
+        Returns:
+            int64 [prompts, count].
+
+        Raises:
+            InputError: A token outside the vocabulary.
+            VerificationError: ONNX Runtime refused the file or failed.
+        """
+        _check_vocabulary(prompts, self.vocabulary)
+        rows, length = prompts.shape
+        found = np.zeros((rows, 0), np.int64)
+        new, past = prompts.cpu().numpy(), self._no_past(rows)
+        while found.shape[1] < count:
+            logits, past = self._run(new, length + found.shape[1], past, cached=True)
+            new = logits[:, -1].argmax(-1)[:, None]
+            found = np.concatenate([found, new], axis=1)
+        return torch.from_numpy(found)
 
     def census(self) -> Census:
         """Counts the nodes that are left after ONNX Runtime's own optimizations.
@@ -186,13 +211,13 @@ class OnnxRuntime(Runtime):
 
     def _open(self) -> Any:
         if self._session is None:
-            self._session = _start(self._model, self._mode, self._threads)
+            self._session = _start(self._model, self._mode, self._threads, spin=self._spin)
         return self._session
 
-    def _no_past(self) -> Feeds:
+    def _no_past(self, rows: int = 1) -> Feeds:
         """A cache of length 0."""
         return {
-            value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+            value.name: np.zeros((rows, value.shape[1], 0, value.shape[3]), np.float32)
             for value in self._open().get_inputs()
             if value.name.startswith("past_key_values.")
         }
@@ -200,11 +225,12 @@ class OnnxRuntime(Runtime):
     def _run(
         self, ids: NDArray[np.int64], total: int, past: Feeds, *, cached: bool
     ) -> tuple[NDArray[np.float32], Feeds]:
-        """Logits of the last ids of a text of `total` tokens, and the cache for the next ones."""
+        """Logits of the last ids of texts of `total` tokens, and the cache for the next ones."""
+        rows, new = ids.shape
         feeds = {
             "input_ids": ids,
-            "attention_mask": np.ones((1, total), np.int64),
-            "position_ids": np.arange(total - ids.shape[1], total)[None],
+            "attention_mask": np.ones((rows, total), np.int64),
+            "position_ids": np.arange(total - new, total)[None].repeat(rows, axis=0),
             **past,
         }
         wanted = ["logits"]
@@ -218,17 +244,24 @@ class OnnxRuntime(Runtime):
             ) from error
         return logits, dict(zip(past, presents, strict=True)) if cached else {}
 
-    def _check_vocabulary(self, tokens: Tensor) -> None:
-        vocabulary = next(v for v in self._open().get_outputs() if v.name == "logits").shape[2]
-        outside = tokens[(tokens < 0) | (tokens >= vocabulary)]
-        if len(outside):
-            raise InputError(
-                f"token {outside[0].item()} in a vocabulary of {vocabulary}",
-                why="the text was encoded with another tokenizer",
-            )
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model knows."""
+        return int(next(v for v in self._open().get_outputs() if v.name == "logits").shape[2])
 
 
-def _start(model: Path, mode: Mode, threads: int, optimized: Path | None = None) -> Any:
+def _check_vocabulary(tokens: Tensor, vocabulary: int) -> None:
+    outside = tokens[(tokens < 0) | (tokens >= vocabulary)]
+    if len(outside):
+        raise InputError(
+            f"token {outside[0].item()} in a vocabulary of {vocabulary}",
+            why="the text was encoded with another tokenizer",
+        )
+
+
+def _start(
+    model: Path, mode: Mode, threads: int, optimized: Path | None = None, *, spin: bool = False
+) -> Any:
     """A session; the model as ONNX Runtime optimized it goes to `optimized`."""
     import onnxruntime as ort
 
@@ -237,6 +270,7 @@ def _start(model: Path, mode: Mode, threads: int, optimized: Path | None = None)
     options.inter_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
     options.add_session_config_entry(ACCURACY_LEVEL, _LEVELS[mode])
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
         options.add_session_config_entry(

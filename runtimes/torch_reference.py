@@ -152,6 +152,11 @@ class TorchReference:
         """Number of decoder blocks."""
         return int(self.config.num_hidden_layers)
 
+    @property
+    def rotary(self) -> tuple[list[float], float]:
+        """Frequencies of the rotary embedding, one a pair, and the factor of cosines and sines."""
+        return self._rotary.inv_freq.tolist(), float(self._rotary.attention_scaling)
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Residual stream at the input of the first block, float32 [n, length, hidden]."""
         return nn.functional.embedding(tokens, self._read("model.embed_tokens.weight"))

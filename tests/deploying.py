@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pipeline import run
+from pipeline.demo import corpus
 from pipeline.progress import open_progress
 from pipeline.recipe_files import load_recipe
 from pipeline.report import Report
@@ -25,6 +30,15 @@ SMALL: dict[str, Any] = {
     "evaluation.chunks": 40,
 }
 """Seconds instead of minutes; enough evaluation text that rounding noise averages out."""
+
+
+@cache
+def short_text() -> str:
+    """Path of a text that is enough for `SMALL` with few chunks, and quickly tokenized."""
+    folder = Path(tempfile.mkdtemp(prefix="short-text-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "text.txt").write_text(corpus("calibration", 60_000), encoding="utf-8")
+    return str(folder / "text.txt")
 
 
 def deploy(model: Path | None, output: Path, options: dict[str, Any] | None = None) -> Report:

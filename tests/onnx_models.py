@@ -21,10 +21,18 @@ EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
 
 def rounded(weight: torch.Tensor, type_name: str) -> QuantizedTensor:
-    """Nearest codes under an fp16 scale a group; every second scale is negative."""
+    """Nearest codes under an fp16 scale a group; every second scale is negative, or there are zero
+    points."""
     fmt = get_format(type_name)
     group = fmt.group_of(weight.shape[1])
     groups = weight.detach().reshape(weight.shape[0], -1, group)
+    if fmt.affine:
+        low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+        d = ((high - low) / fmt.levels[-1]).half().float()
+        zeros = (-low / d).round().clamp(0, fmt.levels[-1])
+        codes = (groups / d[..., None] + zeros[..., None]).round().clamp(0, fmt.levels[-1])
+        fields = {"d": d, "m": 0.0 - d * zeros}
+        return QuantizedTensor(fmt, codes.reshape(weight.shape).to(torch.int8), fields)
     d = (groups.abs().amax(-1) / max(abs(fmt.levels[0]), fmt.levels[-1])).half().float()
     d[:, ::2] *= -1
     codes = (groups / d[..., None]).round().clamp(fmt.levels[0], fmt.levels[-1])

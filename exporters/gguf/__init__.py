@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from exporters.gguf.packing import pack
     from exporters.gguf.tokenizer import read_vocabulary
     from exporters.gguf.types import file_type, ggml_type, row_bytes
+    from exporters.gguf.unpacking import unpack
     from exporters.gguf.vocabulary import TokenType, Vocabulary
     from exporters.gguf.writer import (
         TensorEntry,
@@ -40,6 +41,7 @@ __all__ = [
     "rope_factors",
     "rope_heads",
     "row_bytes",
+    "unpack",
     "write_gguf",
 ]
 
@@ -49,6 +51,7 @@ _HOMES = {
     "packing": ("pack",),
     "tokenizer": ("read_vocabulary",),
     "types": ("file_type", "ggml_type", "row_bytes"),
+    "unpacking": ("unpack",),
     "vocabulary": ("TokenType", "Vocabulary"),
     "writer": ("TensorEntry", "check_writable", "header_bytes", "padded", "write_gguf"),
 }

@@ -1,4 +1,6 @@
-"""Quantized weights as ONNX holds them: two's complement integers of 2, 4 or 8 bits, fp16 scales.
+"""Quantized weights as ONNX holds them: integers of 2, 4 or 8 bits, fp16 scales, zero points.
+
+Symmetric formats are two's complement integers, formats with zero points unsigned ones.
 
 ONNX has no 3-bit type: 3-bit codes lie in a 4-bit container. MatMulNBits, which ONNX Runtime makes
 of a dequantized weight and its product, knows no other widths either.
@@ -12,15 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from exporters.onnx.names import GROUPS
 from pipeline.errors import UnsupportedError, VerificationError
-from pipeline.quantization.formats import Format, QuantizedTensor
-
-GROUPS = {2: (32, 64, 128), 4: (16, 32, 64, 128, 256), 8: (16, 32, 64, 128, 256)}
-"""Group sizes by width that ONNX Runtime fuses into a fast kernel.
-
-It leaves smaller ones and those in between unfused, computes zeros or noise with 512 in releases
-before 1.30 (issue 28551), and takes 30 times as long for 2 bits in groups of 16 or 256.
-"""
+from pipeline.quantization.formats import Format, QuantizedTensor, zero_offset, zero_points
 
 OUTPUTS_AT_2_BITS = 4
 """ONNX Runtime repacks 2-bit weights wrongly where this does not divide the number of outputs."""
@@ -35,33 +31,40 @@ class Storage:
         group: Inputs that share a scale.
         negated: Codes and scales are stored with the other sign, because the levels reach further
             up than down (Q2_0: -1 .. 2).
+        unsigned: Codes are unsigned and groups have zero points.
     """
 
     bits: int
     group: int
     negated: bool = False
+    unsigned: bool = False
 
 
 @dataclass(frozen=True)
 class IntegerWeight:
-    """A matrix ``w = scale * code``.
+    """A matrix ``w = scale * code`` or ``w = scale * (code - zero)``.
 
     Attributes:
         bits: Width of the stored integers.
         group: Inputs that share a scale.
         codes: int8 [out, in].
         scales: float16 [out, groups].
+        zeros: Zero points of unsigned codes, int8 [out, groups]; None for signed ones.
     """
 
     bits: int
     group: int
     codes: NDArray[np.int8]
     scales: NDArray[np.float16]
+    zeros: NDArray[np.int8] | None = None
 
     def dequantize(self) -> NDArray[np.float32]:
         """float32 [out, in]; exact, as an fp16 scale times 8 bits fits into 24."""
         scales = np.repeat(self.scales.astype(np.float32), self.group, axis=1)
-        return self.codes.astype(np.float32) * scales
+        codes = self.codes.astype(np.float32)
+        if self.zeros is not None:
+            codes -= np.repeat(self.zeros.astype(np.float32), self.group, axis=1)
+        return codes * scales
 
 
 def storage_of(fmt: Format, shape: tuple[int, ...], name: str = "a matrix") -> Storage:
@@ -81,7 +84,7 @@ def storage_of(fmt: Format, shape: tuple[int, ...], name: str = "a matrix") -> S
         raise UnsupportedError(
             f"type {fmt.name} cannot be stored in ONNX",
             why="a dequantized weight there is an fp16 scale times an integer of 2, 4 or 8 bits",
-            fix="use INT2_G64, INT3_G32, INT4_G32, INT8_G32 and the like, or Q4_0, Q2_0, Q8_0",
+            fix="use INT2_G64, INT3_G32, UINT4_G32, INT8_G32 and the like, or Q4_0, Q2_0, Q8_0",
         )
     bits, negated = found
     if len(shape) != 2:
@@ -106,15 +109,30 @@ def storage_of(fmt: Format, shape: tuple[int, ...], name: str = "a matrix") -> S
             "divide their outputs",
             fix="use 3 or 4 bits for this matrix",
         )
-    return Storage(bits, group, negated)
+    return Storage(bits, group, negated, fmt.zero_points)
+
+
+def row_bytes(fmt: Format, width: int) -> int:
+    """Bytes of a row of `width` inputs, scales included.
+
+    Raises:
+        UnsupportedError: See `storage_of`.
+    """
+    storage = storage_of(fmt, (OUTPUTS_AT_2_BITS, width))
+    groups = width // storage.group
+    zeros = -(-groups * storage.bits // 8) if storage.unsigned else 0
+    return width * storage.bits // 8 + 2 * groups + zeros
 
 
 def _width(fmt: Format) -> tuple[int, bool] | None:
     """Smallest width that holds the levels, and whether they are negated for it; None if none."""
     low, high = int(fmt.levels[0]), int(fmt.levels[-1])
-    plain = not fmt.affine and fmt.sub_scale is None and fmt.scale_lattice.name == "fp16"
+    plain = fmt.affine == fmt.zero_points and fmt.sub_scale is None
+    plain = plain and fmt.scale_lattice.name == "fp16"
     if not plain or fmt.levels != tuple(float(level) for level in range(low, high + 1)):
         return None
+    if fmt.zero_points:
+        return {4: 2, 8: 4, 16: 4, 256: 8}[len(fmt.levels)], False
     # 5 to 7 bits would fill a byte just as 8 do: the file would not be what was asked for.
     for bits, fewest_levels in ((2, 1), (4, 5), (8, 129)):
         bottom, top = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
@@ -149,7 +167,17 @@ def integer_weight(quantized: QuantizedTensor, name: str = "a matrix") -> Intege
         raise VerificationError(f"a scale of {name} is not a finite number of fp16")
     if storage.negated:
         codes, scales = -codes, -scales
-    return IntegerWeight(storage.bits, storage.group, codes.astype(np.int8), scales)
+    zeros = _zeros(quantized, name) if storage.unsigned else None
+    return IntegerWeight(storage.bits, storage.group, codes.astype(np.int8), scales, zeros)
+
+
+def _zeros(quantized: QuantizedTensor, name: str) -> NDArray[np.int8]:
+    d, m = quantized.scales["d"], quantized.scales["m"]
+    zeros = zero_points(quantized.format, d, m)
+    if not torch.equal(zero_offset(d, zeros), m):
+        raise VerificationError(f"an offset of {name} is no integer zero point")
+    found: NDArray[np.int8] = zeros.cpu().numpy().astype(np.int8)
+    return found
 
 
 def quantized_tensor(stored: IntegerWeight, fmt: Format, name: str = "a matrix") -> QuantizedTensor:
@@ -171,7 +199,9 @@ def quantized_tensor(stored: IntegerWeight, fmt: Format, name: str = "a matrix")
     codes = sign * stored.codes.astype(np.int16)
     if codes.min() < fmt.code_min or codes.max() >= fmt.code_min + len(fmt.levels):
         raise VerificationError(f"a code of {name} is none of {fmt.name}")
-    scales = sign * stored.scales.astype(np.float32)
-    return QuantizedTensor(
-        fmt, torch.from_numpy(codes.astype(np.int8)), {"d": torch.from_numpy(scales)}
-    )
+    fields = {"d": torch.from_numpy(sign * stored.scales.astype(np.float32))}
+    if storage.unsigned:
+        if stored.zeros is None or stored.zeros.shape != groups:
+            raise VerificationError(f"{name} has no zero point for each of its groups")
+        fields["m"] = zero_offset(fields["d"], torch.from_numpy(stored.zeros).float())
+    return QuantizedTensor(fmt, torch.from_numpy(codes.astype(np.int8)), fields)

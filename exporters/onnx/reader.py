@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from onnx import external_data_helper, numpy_helper
 
 from exporters.onnx.integers import IntegerWeight, quantized_tensor, storage_of
-from exporters.onnx.names import DATA, EMBEDDING, QUANTIZED, SCALE, TYPES
-from exporters.onnx.weights import FLOATS, INTEGERS
+from exporters.onnx.names import DATA, EMBEDDING, QUANTIZED, SCALE, TYPES, ZERO
+from exporters.onnx.weights import FLOATS, INTEGERS, UNSIGNED
 from pipeline.errors import InputError, PipelineError
 from pipeline.quantization.formats import QuantizedTensor, get_format
 
@@ -52,10 +52,18 @@ class OnnxFile:
         try:
             fmt = get_format(kind)
             storage = storage_of(fmt, codes.shape, name)
-            if codes.dtype != INTEGERS[storage.bits][1] or scales.dtype != np.float16:
+            wanted = (UNSIGNED if storage.unsigned else INTEGERS)[storage.bits][1]
+            if codes.dtype != wanted or scales.dtype != np.float16:
                 raise InputError(f"{name} is {codes.dtype} with {scales.dtype} scales")
+            zeros = None
+            if storage.unsigned:
+                stored = self._array(name + ZERO)
+                if stored.dtype != wanted:
+                    raise InputError(f"{name} has {stored.dtype} zero points")
+                zeros = np.ascontiguousarray(stored.T.astype(np.int8))
             integers = np.ascontiguousarray(codes.astype(np.int8))
-            weight = IntegerWeight(storage.bits, storage.group, integers, scales.astype(np.float16))
+            held = scales.astype(np.float16)
+            weight = IntegerWeight(storage.bits, storage.group, integers, held, zeros)
             return quantized_tensor(weight, fmt, name)
         except PipelineError as error:
             raise InputError(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from exporters.onnx.graph_builder import GraphBuilder
 from exporters.onnx.integers import IntegerWeight, Storage, storage_of
-from exporters.onnx.names import EMBEDDING, HEAD, QUANTIZED, SCALE
+from exporters.onnx.names import EMBEDDING, HEAD, QUANTIZED, SCALE, ZERO
 from pipeline.errors import InputError, UnsupportedError, VerificationError
 from pipeline.quantization.formats import get_format
 
@@ -23,6 +23,12 @@ INTEGERS = {
     8: (ir.DataType.INT8, np.int8),
 }
 """ONNX type and its NumPy type by width."""
+
+UNSIGNED = {
+    2: (ir.DataType.UINT2, ml_dtypes.uint2),
+    4: (ir.DataType.UINT4, ml_dtypes.uint4),
+}
+"""Likewise, with zero points."""
 
 Content = IntegerWeight | NDArray[np.float32]
 
@@ -59,7 +65,7 @@ def check_table(entry: WeightEntry) -> None:
         UnsupportedError: Its integers are not whole bytes.
     """
     storage = entry.storage
-    if storage is not None and storage.bits != 8:
+    if storage is not None and (storage.bits != 8 or storage.unsigned):
         raise UnsupportedError(
             f"the token embedding in {entry.type}",
             why="ONNX gathers rows of whole bytes only, and dequantizing the table first would "
@@ -151,9 +157,8 @@ class Weights:
             return codes if entry.type == "F32" else self._cast(codes, module)
         scale = self._cast(scales[0], f"{module}{SCALE}")
         group = _quantized(entry).group
-        return self._build.op(
-            "DequantizeLinear", codes, scale, name=module, axis=0, block_size=group
-        )
+        inputs = (codes, scale, *scales[1:])
+        return self._build.op("DequantizeLinear", *inputs, name=module, axis=0, block_size=group)
 
     def _cast(self, value: ir.Value, name: str) -> ir.Value:
         return self._build.op("Cast", value, name=name, to=ir.DataType.FLOAT)
@@ -171,7 +176,7 @@ class Weights:
         return self._initializers(entry, turned=True)
 
     def _initializers(self, entry: WeightEntry, *, turned: bool) -> tuple[ir.Value, ...]:
-        """Codes and scales, or the one float tensor."""
+        """Codes, scales and zero points, or the one float tensor."""
 
         def make(
             suffix: str, dtype: ir.DataType, width: int, read: Callable[[], np.ndarray]
@@ -186,12 +191,13 @@ class Weights:
         if storage is None:
             numpy = np.float16 if entry.type == "F16" else np.float32
             return (make("", FLOATS[entry.type], width, lambda: self._floats(entry, numpy)),)
-        dtype, packed = INTEGERS[storage.bits]
+        dtype, packed = (UNSIGNED if storage.unsigned else INTEGERS)[storage.bits]
         groups = width // storage.group
-        return (
-            make(QUANTIZED, dtype, width, lambda: self._integers(entry).codes.astype(packed)),
-            make(SCALE, FLOATS["F16"], groups, lambda: self._integers(entry).scales),
-        )
+        codes = make(QUANTIZED, dtype, width, lambda: self._integers(entry).codes.astype(packed))
+        scales = make(SCALE, FLOATS["F16"], groups, lambda: self._integers(entry).scales)
+        if not storage.unsigned:
+            return codes, scales
+        return codes, scales, make(ZERO, dtype, groups, lambda: self._zeros(entry).astype(packed))
 
     def _entry(self, name: str) -> WeightEntry:
         if name not in self._entries:
@@ -230,6 +236,12 @@ class Weights:
         ):
             raise VerificationError(f"tensor {entry.name} is not the {entry.type} announced")
         return found
+
+    def _zeros(self, entry: WeightEntry) -> NDArray[np.int8]:
+        zeros = self._integers(entry).zeros
+        if zeros is None:
+            raise VerificationError(f"tensor {entry.name} has no zero points")
+        return zeros
 
 
 def _quantized(entry: WeightEntry) -> Storage:

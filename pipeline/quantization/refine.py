@@ -19,6 +19,8 @@ from pipeline.quantization.formats import (
     QuantizedTensor,
     group_offsets,
     group_scales,
+    zero_offset,
+    zero_points,
 )
 from pipeline.quantization.scales.absmax import may_mirror
 from pipeline.quantization.scales.hierarchical import REACH, SWEEPS, integer_ranges
@@ -152,6 +154,7 @@ class _State:
         (two with offsets); notes on two-stage grid optimization (arXiv 2602.02126) call the
         coordinate-wise form of this stage 2.
         """
+        zero = self._zero_points()
         basis = self._basis()
         fitted = torch.cat(
             [
@@ -168,23 +171,34 @@ class _State:
         before = self.loss()
         for k, name in enumerate(self._names()):
             self.fields[name] = rounded[..., k].contiguous()
+        if self.fmt.zero_points:
+            self.fields["m"] = zero_offset(self.fields["d"], zero.float())
         self._evaluate()
         better = (self.loss() < before)[:, None]
-        for name in self._names():
+        for name in old_fields:
             self.fields[name] = torch.where(better, self.fields[name], old_fields[name])
         self.values = torch.where(better, self.values, old_values)
         self.residual = torch.where(better, self.residual, old_residual)
 
     def _names(self) -> tuple[str, ...]:
-        if not self.fmt.affine:
+        if not self.fmt.affine or self.fmt.zero_points:
             return ("d",)
         return ("d", "m") if self.fmt.sub_offset is None else ("d", "dmin")
+
+    def _zero_points(self) -> Tensor:
+        """Zero point of each group, float64 [out, groups]; 0 for formats without."""
+        d = self.fields["d"].double()
+        if not self.fmt.zero_points:
+            return torch.zeros_like(d)
+        return zero_points(self.fmt, d, self.fields["m"].double())
 
     def _basis(self) -> list[Tensor]:
         """What multiplies each stored scale and offset at every weight, each [out, in]."""
         levels = self.levels[self.indices]
         if self.fmt.sub_scale is not None:
             levels = levels * self.fields["sc"].double().repeat_interleave(self.group, dim=1)
+        if self.fmt.zero_points:
+            return [levels - self._zero_points().repeat_interleave(self.group, dim=1)]
         if not self.fmt.affine:
             return [levels]
         if self.fmt.sub_offset is None:

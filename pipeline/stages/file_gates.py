@@ -48,11 +48,11 @@ def bytes_gates(weights: GGUFWeights, promised: Mapping[str, Any], source: Sourc
     expected = {gguf_name(name) for name in source.shapes}
     if expected != set(promised):
         odd = sorted(expected ^ set(promised))
-        return [_identity_gate("bytes", "manifest", len(expected), odd)]
+        return [identity_gate("bytes", "manifest", len(expected), odd)]
     own, library = _differing(weights, promised)
     return [
-        _identity_gate("bytes", "this project's decoder", len(promised), own),
-        _identity_gate("bytes", "gguf.quants", len(promised), library),
+        identity_gate("bytes", "this project's decoder", len(promised), own),
+        identity_gate("bytes", "gguf.quants", len(promised), library),
     ]
 
 
@@ -93,7 +93,15 @@ def _by_library(raw: np.ndarray, kind: Any) -> np.ndarray:
     return np.asarray(gguf.quants.dequantize(raw, kind), dtype=np.float32)
 
 
-def _identity_gate(level: str, runtime: str, count: int, differing: list[str] | str) -> Gate:
+def identity_gate(level: str, runtime: str, count: int, differing: list[str] | str) -> Gate:
+    """The verdict on things that must be the same.
+
+    Args:
+        level: ``bytes`` or ``tokens``.
+        runtime: What looked at them.
+        count: How many there are.
+        differing: Names of those that differ, or why none was looked at.
+    """
     claim = {
         "bytes": f"{count} tensors decode to the solver's weights, bit for bit",
         "tokens": "the file's tokenizer gives the reference's ids",
@@ -112,7 +120,7 @@ def tokenizer_texts(source: Source, evaluation: str) -> dict[str, str]:
     Special tokens inside text are left out where the vocabulary is known to deviate.
     """
     texts = {"torture text": TORTURE, "evaluation text": evaluation[:EVALUATION_CHARACTERS]}
-    if not source.vocabulary.notes:
+    if source.gguf_vocabulary is None or not source.gguf_vocabulary.notes:
         added = source.tokenizer.added_tokens_decoder.values()
         texts["special tokens"] = "a".join(f" {token.content} b{token.content}" for token in added)
     return texts
@@ -170,7 +178,7 @@ def tokens_gates(path: Path, source: Source, evaluation: str, stock: bool) -> li
 
     def gate(runtime: str, tokenize: Callable[[str], list[int]]) -> Gate:
         wrong = differing_texts(source, texts, tokenize)
-        return _identity_gate("tokens", runtime, len(texts), wrong)
+        return identity_gate("tokens", runtime, len(texts), wrong)
 
     with GGMLEmulator(path) as emulator:
         gates = [gate("ggml emulator", emulator.tokenize)]

@@ -35,7 +35,7 @@ class Source:
         checkpoint: The files.
         config: Its transformers configuration.
         tokenizer: Its fast tokenizer.
-        vocabulary: The tokenizer in llama.cpp's terms.
+        gguf_vocabulary: The tokenizer in llama.cpp's terms; None without a GGUF file to write.
         plan: The type of each matrix.
         calibration: Name of the calibration text.
         file_type: What the file announces itself as: the mix or type asked for, or the type that
@@ -45,7 +45,7 @@ class Source:
     checkpoint: Checkpoint
     config: PretrainedConfig
     tokenizer: PreTrainedTokenizerFast
-    vocabulary: Vocabulary
+    gguf_vocabulary: Vocabulary | None
     plan: TypePlan
     calibration: str
     file_type: str
@@ -62,6 +62,19 @@ class Source:
         if folder.is_dir():
             folder = folder.resolve()
         return DEMO_NAME if folder == DEMO else folder.name
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer in llama.cpp's terms. Raises ValueError if there is no GGUF target."""
+        if self.gguf_vocabulary is None:
+            raise ValueError("no GGUF file is to be written")
+        return self.gguf_vocabulary
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the checkpoint and its tokenizer."""
+        vocabulary = self.gguf_vocabulary
+        return (*self.checkpoint.notes, *(vocabulary.notes if vocabulary else ()))
 
     @property
     def packed_by(self) -> str | None:
@@ -111,20 +124,22 @@ def open_source(recipe: Recipe, *, allow_pickle: bool) -> Source:
         allow_pickle=allow_pickle,
     )
     tokenizer = load_tokenizer(checkpoint)
-    vocabulary = read_vocabulary(tokenizer, checkpoint.config)
+    gguf = "gguf" in recipe.targets
+    vocabulary = read_vocabulary(tokenizer, checkpoint.config) if gguf else None
     default_text = STDLIB if recipe.model is None else DEFAULT_TEXT
     plan = plan_types(checkpoint, recipe)
     source = Source(
         checkpoint=checkpoint,
         config=hf_config(checkpoint),
         tokenizer=tokenizer,
-        vocabulary=vocabulary,
+        gguf_vocabulary=vocabulary,
         plan=plan,
         calibration=recipe.calibration.source or default_text,
         file_type=_file_type(plan.most(checkpoint.shapes), recipe),
     )
     names = [gguf_name(name) for name in source.shapes]
-    check_writable(checkpoint.config, vocabulary, names, source.name)
+    if vocabulary is not None:
+        check_writable(checkpoint.config, vocabulary, names, source.name)
     return source
 
 

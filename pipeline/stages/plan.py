@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 from exporters.gguf import gguf_name, row_bytes
+from exporters.onnx.integers import row_bytes as integer_row_bytes
 from pipeline.architectures.base import EMBEDDING, HEAD
 from pipeline.checkpoint import MIDDLE, Checkpoint, PackedMatrix
 from pipeline.errors import UnsupportedError, UsageError
@@ -16,6 +17,7 @@ from pipeline.mixes import Matrix, base_type, embedding_type, head_type, mix_typ
 from pipeline.quantization.formats import get_format
 from pipeline.recipe import Recipe, split_tensor_type
 from pipeline.stages.stored import FLOAT_TYPES
+from pipeline.targets import is_integer_type, smaller_group
 
 REPLACEMENTS = {
     **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
@@ -26,6 +28,10 @@ REPLACEMENTS = {
 }
 """What llama-quantize takes where a width does not divide into a type's blocks; F16 otherwise."""
 
+
+ONNX_TABLES = ("F16", "Q8_0")
+"""Embedding and head of ONNX files: rows that are gathered, and a product with 8 bits; a table that
+is both has the second type."""
 
 REPACKED, REPACKED_BLOCK = ("Q4_0", "Q4_1"), 32
 """Types that hold the integers and scales of others' 4-bit checkpoints."""
@@ -46,7 +52,7 @@ class TypePlan:
     def size_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """Bytes of all tensors' data, without metadata and padding."""
         return sum(
-            prod(shape[:-1]) * row_bytes(self.types.get(name, "F32"), shape[-1])
+            prod(shape[:-1]) * _row_bytes(self.types.get(name, "F32"), shape[-1])
             for name, shape in shapes.items()
         )
 
@@ -91,8 +97,10 @@ def _tables(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
     base = base_type(recipe.weight_type)
     width = checkpoint.shape(EMBEDDING)[1]
     of_head = base if recipe.pure else head_type(recipe.weight_type, width)
+    of_embedding = base if recipe.pure else embedding_type(recipe.weight_type)
+    if "onnx" in recipe.targets and not recipe.pure:
+        of_embedding, of_head = ONNX_TABLES
     if not checkpoint.tied:
-        of_embedding = base if recipe.pure else embedding_type(recipe.weight_type)
         return {EMBEDDING: embedding or of_embedding, HEAD: head or of_head}
     shared = {EMBEDDING: embedding or head or of_head}
     return shared | ({HEAD: head} if head is not None and head != shared[EMBEDDING] else {})
@@ -112,7 +120,8 @@ def _linears(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
                 dimensions.heads / dimensions.kv_heads,
             )
             base = base_type(recipe.weight_type)
-            wanted[name] = base if recipe.pure else mix_type(recipe.weight_type, matrix)
+            pure = recipe.pure or "onnx" in recipe.targets
+            wanted[name] = base if pure else mix_type(recipe.weight_type, matrix)
     return wanted
 
 
@@ -175,5 +184,11 @@ def repacked_type(matrix: PackedMatrix) -> str:
 
 def _fitting(kind: str, width: int) -> str:
     while kind not in FLOAT_TYPES and not get_format(kind).fits(width):
-        kind = REPLACEMENTS.get(kind, "F16")
+        kind = REPLACEMENTS.get(kind) or smaller_group(kind) or "F16"
     return kind
+
+
+def _row_bytes(kind: str, width: int) -> int:
+    if is_integer_type(kind):
+        return integer_row_bytes(get_format(kind), width)
+    return row_bytes(kind, width)

@@ -13,8 +13,8 @@ from pipeline.errors import InputError
 from pipeline.json_text import json_text
 from pipeline.recipe_files import ResolvedRecipe, to_toml
 from pipeline.report import OutputFile, Report
-from pipeline.stages.emit import IMATRIX
 from pipeline.storage import OUTPUT_MARKER as MANIFEST
+from pipeline.targets import TARGETS
 
 RECIPE = "recipe.toml"
 CARD = "README.md"
@@ -42,7 +42,6 @@ def deliver(
     Returns:
         The report with the files of the folder.
     """
-    model_file = next(path for path in staging.glob("*.gguf") if path.name != IMATRIX)
     (staging / RECIPE).write_text(to_toml(resolved.recipe), encoding="utf-8")
     listed = replace(report, files=tuple(_entry(p) for p in sorted(staging.iterdir())))
     on_hub = record["input"]["revision"] is not None
@@ -56,7 +55,6 @@ def deliver(
     files = tuple(_entry(path) for path in sorted(staging.iterdir()))
     manifest = {
         "schema": SCHEMA,
-        "model_file": model_file.name,
         **record,
         "files": {f.name: {"sha256": f.sha256, "size": f.size_bytes} for f in files},
         "report": report.to_dict(),
@@ -102,6 +100,7 @@ def check_files(folder: Path) -> dict[str, Any]:
                 why="its SHA-256 differs from the manifest's",
                 fix="deploy again, or fetch the folder again",
             )
-    if manifest["model_file"] not in files:
+    models = [manifest, *(manifest[key] for key in TARGETS if key in manifest)]
+    if any(model["model_file"] not in files for model in models):
         raise InputError(f"{path} lists no model file", fix="deploy again")
     return manifest

@@ -118,12 +118,12 @@ def climb(
     gates += kernels
     gates += _comparison_gates("deployed", first, recipe, stock, coarse=_rounds_coarsely(source))
     qualities = tuple(
-        _quality(protocol, candidate, comparison)
+        quality_of(protocol, candidate, comparison)
         for protocol, comparisons in found.items()
         for (reference, candidate), comparison in comparisons.items()
         if reference == FULL
     ) + tuple(
-        _quality(protocol, f"{candidate}, first {len(few)} chunks", comparison)
+        quality_of(protocol, f"{candidate}, first {len(few)} chunks", comparison)
         for (_, candidate), comparison in defaults.items()
     )
     gates.append(_quality_gate(first, recipe))
@@ -257,7 +257,11 @@ def _not_run(level: str, runtime: str, recipe: Recipe) -> Gate:
 def _quality_gate(found: Mapping[Pair, Comparison], recipe: Recipe) -> Gate:
     """Quantized against full precision, in the runtime that is closest to the user."""
     runtime = next(n for n in (LLAMA, EMULATOR) if (FULL, n) in found)
-    figure = found[FULL, runtime].delta_nll
+    return quality_gate(runtime, found[FULL, runtime].delta_nll, recipe)
+
+
+def quality_gate(runtime: str, figure: float, recipe: Recipe) -> Gate:
+    """The verdict on ``ln(ppl / ppl)`` of the quantized model, which the recipe may limit."""
     limit = recipe.gates.max_ln_ppl_increase
     return Gate(
         level="quality",
@@ -269,7 +273,8 @@ def _quality_gate(found: Mapping[Pair, Comparison], recipe: Recipe) -> Gate:
     )
 
 
-def _quality(protocol: Protocol, runtime: str, comparison: Comparison) -> Quality:
+def quality_of(protocol: Protocol, runtime: str, comparison: Comparison) -> Quality:
+    """A row of the quality table: quantized in a runtime against full precision."""
     return Quality(
         protocol=protocol.name,
         runtime=runtime,

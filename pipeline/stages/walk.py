@@ -245,6 +245,7 @@ class _FinalNorm:
         self._model = model
 
     def site_input(self, site: str, residual: Tensor, heads: Tensor | None = None) -> Tensor:
+        """Input of the head, [batch, length, hidden]."""
         return self._model.head_input(residual)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tests.benchmarks import quality, speed, stock, table
+from tests.benchmarks import onnx, quality, speed, stock, table
 
 
 def main() -> None:
@@ -33,6 +33,13 @@ def main() -> None:
     rival.add_argument("--calibration")
     rival.add_argument("--evaluation")
     rival.add_argument("--folder", type=Path, default=Path("stock"), help="where files are kept")
+    other = commands.add_parser("onnx", help="our ONNX files against ONNX Runtime's quantizer's")
+    other.add_argument("model", nargs="?", help="checkpoint folder (default: the demo model)")
+    other.add_argument("--types", nargs="+", default=["4x32", "2x64"], help="BITS or BITSxGROUP")
+    other.add_argument("--preset", default="balanced")
+    other.add_argument("--calibration")
+    other.add_argument("--evaluation")
+    other.add_argument("--folder", type=Path, default=Path("onnx"), help="where files are kept")
     show = commands.add_parser("table", help="print the figures of a quality run as a table")
     show.add_argument("file", type=Path)
     wanted = parser.parse_args()
@@ -47,6 +54,15 @@ def main() -> None:
             wanted.types,
             wanted.preset,
             pure=wanted.pure,
+        )
+    elif wanted.command == "onnx":
+        onnx.measure(
+            wanted.model,
+            wanted.calibration,
+            wanted.evaluation,
+            wanted.folder,
+            wanted.types,
+            wanted.preset,
         )
     elif wanted.command == "table":
         print(table.render(wanted.file))

@@ -28,7 +28,8 @@ DEMO = Path(pipeline.__file__).parent / "demo" / "model"
 
 
 class StubRun(types.ModuleType):
-    """Stands for `pipeline.run`: records the call, then returns `report` or raises `error`."""
+    """Stands for `pipeline.run` and `pipeline.reexport`: records the call, then returns `report` or
+    raises `error`."""
 
     def __init__(self) -> None:
         super().__init__("pipeline.run")
@@ -53,12 +54,17 @@ class StubRun(types.ModuleType):
     def verify(self, folder: Path, **arguments: Any) -> Report:
         return self._called(folder=folder, **arguments)
 
+    def reexport(self, folder: Path, target: str, **arguments: Any) -> Report:
+        return self._called(folder=folder, target=target, **arguments)
+
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> StubRun:
     stub = StubRun()
     monkeypatch.setitem(sys.modules, "pipeline.run", stub)
     monkeypatch.setattr(pipeline, "run", stub, raising=False)
+    monkeypatch.setitem(sys.modules, "pipeline.reexport", stub)
+    monkeypatch.setattr(pipeline, "reexport", stub, raising=False)
     return stub
 
 
@@ -149,7 +155,8 @@ def test_examples_run(
     assert code == 0, err
     assert "error" not in err
     assert out.strip()
-    assert bool(run.calls) == (arguments[0] in ("deploy", "verify") and "--help" not in arguments)
+    runs = arguments[0] in ("deploy", "verify", "export")
+    assert bool(run.calls) == (runs and "--help" not in arguments)
 
 
 def test_every_command_has_examples() -> None:
@@ -232,6 +239,58 @@ def test_output_is_named_after_the_model_and_type(run: StubRun, invoke: Invoke) 
     assert run.calls[0]["output"] == Path("name-Q2_0-gguf")
 
 
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        (["--bits", "3"], "INT3_G32"),
+        (["--bits", "2", "--group-size", "128", "--symmetric"], "INT2_G128"),
+        (["--group-size", "64"], "INT4_G64"),
+        (["--symmetric"], "INT4_G32"),
+        (["--asymmetric", "--bits", "2"], "UINT2_G64"),
+    ],
+)
+def test_bits_group_size_and_symmetry_compose_the_type(
+    options: list[str], kind: str, run: StubRun, invoke: Invoke
+) -> None:
+    code, _, err = invoke("deploy", "--target", "onnx", "--attention", "gqa", *options)
+    assert code == 0, err
+    (call,) = run.calls
+    assert call["recipe"].type == kind
+    assert call["recipe"].onnx.attention == "gqa"
+    assert call["output"] == Path(f"demo-{kind}-onnx")
+
+
+def test_a_type_beside_bits_is_refused_but_one_in_a_file_gives_way(
+    run: StubRun, invoke: Invoke, tmp_path: Path
+) -> None:
+    for given in (["--type", "Q4_0"], ["--set", "type=Q4_0"]):
+        code, _, err = invoke("deploy", "--target", "onnx", "--bits", "4", *given)
+        assert code == 2
+        assert "type Q4_0 and --bits" in err
+    assert run.calls == []
+    (tmp_path / "r.toml").write_text('target = "onnx"\ntype = "INT2_G32"\n')
+    assert invoke("deploy", "--recipe", tmp_path / "r.toml", "--bits", "3")[0] == 0
+    assert run.calls[0]["recipe"].type == "INT3_G32"
+
+
+def test_export_passes_its_arguments(run: StubRun, invoke: Invoke, tmp_path: Path) -> None:
+    code, _, err = invoke(
+        "export", tmp_path / "done", "--target", "onnx", "--attention", "primitive", "--model",
+        "elsewhere", "--overwrite", "--allow-pickle", "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert code == 0, err
+    (call,) = run.calls
+    expected = {
+        "folder": tmp_path / "done", "target": "onnx", "attention": "primitive",
+        "model": "elsewhere", "overwrite": True, "allow_pickle": True, "output": tmp_path / "out",
+    }  # fmt: skip
+    assert {key: call[key] for key in expected} == expected
+    assert call["command"].startswith(PROGRAM)
+    assert invoke("export", tmp_path / "done", "--target", "gguf,onnx")[0] == 0
+    assert run.calls[1]["output"] == Path("done-gguf-onnx")
+    assert invoke("export", tmp_path / "done")[0] == 2
+
+
 def test_verify_passes_its_arguments(run: StubRun, invoke: Invoke, tmp_path: Path) -> None:
     assert invoke("verify", tmp_path, "--model", "elsewhere")[0] == 0
     assert run.calls[0]["folder"] == tmp_path
@@ -245,7 +304,11 @@ EXPECTED = [
 ]
 
 
-@pytest.mark.parametrize("command", [("deploy",), ("verify", "x")], ids=["deploy", "verify"])
+@pytest.mark.parametrize(
+    "command",
+    [("deploy",), ("verify", "x"), ("export", "x", "--target", "onnx")],
+    ids=["deploy", "verify", "export"],
+)
 @pytest.mark.parametrize("kind", EXPECTED)
 def test_expected_errors_have_their_code_and_no_traceback(
     kind: type[errors.PipelineError], command: tuple[str, ...], run: StubRun, invoke: Invoke
@@ -329,6 +392,10 @@ def test_gates_decide_the_exit_code(
         (["deploy", "--target-size", "1MB", "--target-bpw", "3"], ["target_size is given too"]),
         (["deploy", "--target-size", "1MB", "--type", "Q4_0"], ["type is given too"]),
         (["deploy", "--target-bpw", "3", "--pure"], ["pure is given too"]),
+        (["deploy", "--target", "onnx", "--type", "Q4_K_M"], ["ONNX cannot hold the mix Q4_K_M"]),
+        (["deploy", "--target", "onnx", "--bits", "5"], ["2, 3, 4 or 8 bits"]),
+        (["deploy", "--target", "gguf,onnx", "--bits", "3"], ["GGUF has no such type"]),
+        (["deploy", "--attention", "gqs"], ["did you mean gqa?"]),
         (["deploy", "--target", "ggfu"], ["did you mean gguf?"]),
         (["deploy", "--preset", "bset"], ["did you mean best?"]),
         (["deploy", "--runtime", "requir"], ["did you mean require?"]),
@@ -424,10 +491,10 @@ def test_recipe_prints_a_recipe_that_deploy_accepts(
 @pytest.mark.parametrize(
     ("kind", "parts"),
     [
-        ("types", ["Q4_0", "4.5 bits per weight", "F32"]),
+        ("types", ["Q4_0", "4.5 bits per weight", "F32", "INT2_G<group>", "32, 64, 128"]),
         ("presets", ["fast", "balanced", "best"]),
         ("architectures", ["llama", "Qwen3ForCausalLM"]),
-        ("runtimes", ["torch", "emulator", "llama.cpp"]),
+        ("runtimes", ["torch", "emulator", "llama.cpp", "onnxruntime"]),
     ],
 )
 def test_ls(kind: str, parts: list[str], invoke: Invoke) -> None:

@@ -19,15 +19,15 @@ from pipeline.recipe_files import load_recipe, preset_names, preset_text, to_tom
 
 OTHER_VALUES: dict[str, Any] = {
     "model": "some/model",
-    "target": "gguf",
+    "target": "gguf,onnx",
     "type": "Q2_0",
     "pure": True,
     "target_size": 15_000_000,
     "target_bpw": 3.5,
     "imatrix": "i.gguf",
     "emit": ("kld-base", "imatrix"),
-    "token_embedding_type": "Q6_K",
-    "tensor_types": ("ffn_down=Q6_K", "attn_.=Q8_0"),
+    "token_embedding_type": "Q8_0",
+    "tensor_types": ("ffn_down=Q4_0", "attn_.=Q8_0"),
     "output_tensor_type": "F16",
     "allow_fallback": True,
     "device": "cpu",
@@ -59,7 +59,9 @@ OTHER_VALUES: dict[str, Any] = {
     "evaluation.context": 128,
     "evaluation.chunks": 4,
     "evaluation.gptq_context": 256,
+    "onnx.attention": "gqa",
     "gates.twin": 1e-4,
+    "gates.logits": 1e-2,
     "gates.kernels_rms": 1e-3,
     "gates.kernels_kld": 1e-4,
     "gates.deployed_lnppl": 1e-2,
@@ -70,10 +72,10 @@ OTHER_VALUES: dict[str, Any] = {
 }
 """A value that no preset has, where there is one, for every key but `revision`."""
 
-ONE_VALUE_ONLY = {"target", "transforms"}
+ONE_VALUE_ONLY = {"transforms"}
 
 BUDGETS = ("target_size", "target_bpw")
-REFUSED_WITH_A_BUDGET = {*BUDGETS, "type", "pure", "imatrix"}
+REFUSED_WITH_A_BUDGET = {*BUDGETS, "type", "pure", "imatrix", "target"}
 
 
 def message(*overrides: str, **arguments: Any) -> str:
@@ -156,7 +158,8 @@ def test_digest_is_the_same_in_another_process() -> None:
 def test_only_what_decides_the_weights_is_decisive() -> None:
     decisive = Recipe().decisive()
     assert {"model", "type", "calibration.samples", "quantization.damping"} <= decisive.keys()
-    assert not any(key.startswith(("evaluation", "gates", "runtime")) for key in decisive)
+    judging = ("evaluation", "gates", "runtime", "onnx")
+    assert not any(key.startswith(judging) for key in decisive)
 
 
 def test_recipes_are_frozen() -> None:
@@ -178,6 +181,12 @@ def test_type_names_are_those_of_the_formats() -> None:
 
 def test_types_may_be_written_in_lower_case() -> None:
     assert load_recipe(overrides=["type=q2_0"]).recipe.type == "Q2_0"
+    assert load_recipe(overrides=["target=onnx", "type=int3_g64"]).recipe.type == "INT3_G64"
+
+
+def test_targets_are_listed_the_main_one_first() -> None:
+    assert load_recipe(overrides=["target=onnx"]).recipe.targets == ("onnx",)
+    assert load_recipe(overrides=["target=onnx,gguf"]).recipe.targets == ("gguf", "onnx")
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -187,9 +196,14 @@ def test_a_budget_refuses_what_it_replaces(budget: str, other: str) -> None:
         return
     options = {key: OTHER_VALUES[key] for key in (budget, other)}
     text = message(options=options)
-    assert ("is given too" in text) == (other != "imatrix")
+    assert ("is given too" in text) == (other not in ("imatrix", "target"))
     assert "(command line)" in text
     assert "leave " in text
+
+
+def test_a_budget_is_for_gguf_alone() -> None:
+    text = message(options={"target": "gguf,onnx", "target_bpw": 3.5})
+    assert "among types of GGUF" in text
 
 
 def test_a_budget_leaves_the_type_open() -> None:
@@ -251,7 +265,11 @@ def test_set_reads_toml_or_else_text(text: str, value: Any) -> None:
         ("nothing.like.it=1", ["`python -m pipeline recipe` prints every key"]),
         ("calibration=1", ["is a section", "calibration.seqlen"]),
         ("type=Q4_O", ["type = 'Q4_O'", "did you mean Q4_0?"]),
-        ("type=INT4_G32", ["unknown type", "known: Q2_0"]),
+        ("type=INT4_G32", ["GGUF cannot hold INT4_G32", "Q4_0 is what INT4_G32 is called"]),
+        ("type=INT4_G48", ["unknown type", "known: Q2_0", "INT4_G32 ... for ONNX"]),
+        ("token_embedding_type=INT8_G64", ["GGUF cannot hold INT8_G64"]),
+        ("tensor_types=['attn=INT4_G64']", ["GGUF cannot hold INT4_G64"]),
+        ("onnx.attention=gqs", ["did you mean gqa?"]),
         ("type=F16", ["unknown type"]),
         ("output_tensor_type=F61", ["did you mean F16?"]),
         ("quantization.scales=pizo", ["did you mean piso?"]),

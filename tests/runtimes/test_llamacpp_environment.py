@@ -18,7 +18,7 @@ def python_path(monkeypatch: pytest.MonkeyPatch, root: Path, callers: str | None
         monkeypatch.delenv("PYTHONPATH", raising=False)
     else:
         monkeypatch.setenv("PYTHONPATH", callers)
-    return llamacpp_process._environment().get("PYTHONPATH")
+    return llamacpp_process.child_environment().get("PYTHONPATH")
 
 
 def test_a_checkout_comes_last(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

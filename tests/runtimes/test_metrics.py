@@ -252,6 +252,8 @@ class TestComparisonAccumulator:
         agreement = (log_p.argmax(1) == log_q.argmax(1)).mean()
         assert 0 < agreement < 1
         assert result.top1_agreement == pytest.approx(agreement)
+        apart = (reference - candidate).abs().max().item()
+        assert result.logit_difference == pytest.approx(apart)
         assert result.windows == clusters == 6
 
     @settings(max_examples=40, deadline=None)
@@ -311,7 +313,7 @@ class TestComparisonAccumulator:
         for _ in range(3):
             accumulator.update(torch.zeros(5, 9000), torch.zeros(5, 9000), torch.arange(5))
         stored = sum(part.untyped_storage().nbytes() for part in accumulator._scalars)
-        assert stored == 3 * 5 * 4 * 8
+        assert stored == 3 * 5 * 5 * 8
 
     def test_result_is_plain_data(self, data: tuple[torch.Tensor, ...]) -> None:
         result = accumulate([slice(None)], *data)

@@ -14,6 +14,7 @@ from pipeline.errors import InputError, UnsupportedError, UsageError, Verificati
 from runtimes.base import Runtime
 from runtimes.metrics import Perplexity, token_nll
 from runtimes.onnxruntime import Census, OnnxRuntime
+from runtimes.onnxruntime_speed import measure
 from tests.onnx_models import EMBEDDING, HEAD, TinyModel, random_ids
 from tests.tiny import tiny_tokenizer
 
@@ -71,6 +72,28 @@ def test_greedy_tokens_are_those_of_transformers(kind: str, tmp_path: Path) -> N
             wanted.append(int(model.logits(np.array([wanted]))[0, -1].argmax()))
         assert runtime.greedy(text, 16) == wanted[len(text) :]
     assert runtime.greedy([1], 0) == []
+
+
+@pytest.mark.parametrize("attention", ["standard", "primitive", "gqa"])
+def test_texts_continued_together_are_those_continued_alone(attention: str, tmp_path: Path) -> None:
+    path = tiny("Q4_0").write(tmp_path, attention=attention)
+    runtime, prompts = OnnxRuntime(path, threads=1), torch.from_numpy(random_ids(3, 9, seed=5))
+    found = runtime.greedy_batch(prompts, 12)
+    assert found.tolist() == [runtime.greedy(prompt, 12) for prompt in prompts.tolist()]
+    assert runtime.greedy_batch(prompts, 0).shape == (3, 0)
+
+
+def test_speed_and_memory_of_a_child_process(tmp_path: Path) -> None:
+    path = tiny("Q4_0").write(tmp_path)
+    found = measure(path, prompt=16, new=4, threads=1)
+    assert min(found.prompt_tokens_per_second, found.new_tokens_per_second) > 0
+    assert 0 < found.load_seconds < 60
+    assert 0 <= found.memory_bytes < 1 << 30
+    with pytest.raises(VerificationError, match=r"more than 0\.01 s on model\.onnx"):
+        measure(path, time_limit=0.01)
+    (tmp_path / "model.onnx_data").write_bytes(b"")
+    with pytest.raises(VerificationError, match=r"failed on model\.onnx"):
+        measure(path)
 
 
 @pytest.mark.parametrize("mode", ["exact", "default"])

@@ -136,6 +136,14 @@ def affine_lines(
 
 
 @triton.jit
+def _neighbour(wanted, upper, BITS: tl.constexpr, MIN_EXPONENT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The lattice point below or above."""
+    step = lattice_step(tl.where(wanted == 0, 1.0, tl.abs(wanted)), BITS, MIN_EXPONENT)
+    steps = tl.floor(wanted / step) if upper == 0 else tl.ceil(wanted / step)
+    return steps * step
+
+
+@triton.jit
 def _walk_offsets(  # type: ignore[no-untyped-def]
     weights,
     metric,
@@ -179,10 +187,9 @@ def _walk_offsets(  # type: ignore[no-untyped-def]
         if (settled > 0) | (following > time) | (going == 0):
             fixed, pull = s * (s * beta - 2 * alpha), one_b - s * ones
             wanted = tl.minimum(tl.maximum(pull / total, lowest), largest)
-            step = lattice_step(tl.where(wanted == 0, 1.0, tl.abs(wanted)), BITS, MIN_EXPONENT)
             for upper in tl.static_range(2):
-                m = tl.floor(wanted / step) if upper == 0 else tl.ceil(wanted / step)
-                m = tl.minimum(tl.maximum(m * step, lowest), largest)
+                m = _neighbour(wanted, upper, BITS, MIN_EXPONENT)
+                m = tl.minimum(tl.maximum(m, lowest), largest)
                 value = fixed + m * (m * total - 2 * pull)
                 if value < best:
                     best, offset, kept = value, m, codes

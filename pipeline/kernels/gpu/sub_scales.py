@@ -168,6 +168,45 @@ def _polish(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _search(  # type: ignore[no-untyped-def]
+    w,
+    sc,
+    mn,
+    d,
+    dmin,
+    levels,
+    linear,
+    metric,
+    columns,
+    inside,
+    count,
+    lowest,
+    highest,
+    least,
+    most,
+    REACH: tl.constexpr,
+    SIDEWAYS: tl.constexpr,
+    GAIN: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """The best of all pairs around the start under round to nearest."""
+    best_sc, best_mn = sc, mn
+    best = tl.full((), float("inf"), tl.float64)
+    index = tl.zeros_like(w).to(tl.int32)
+    for n in range((2 * REACH + 1) * (2 * SIDEWAYS + 1)):
+        ds, dm = n // (2 * SIDEWAYS + 1) - REACH, n % (2 * SIDEWAYS + 1) - SIDEWAYS
+        s = tl.minimum(tl.maximum(sc + ds, lowest), highest)
+        m = tl.minimum(tl.maximum(mn + dm, least), most)
+        tried = _rounded(w, d * s.to(tl.float64), -dmin * m.to(tl.float64), levels, count)
+        energy = _energy(tried, d, dmin, s, m, levels, linear, metric, columns, inside, WIDTH)
+        # inf - inf would compare as false
+        margin = tl.where(best == float("inf"), 0.0, GAIN * tl.abs(best))
+        if energy < best - margin:
+            best, best_sc, best_mn, index = energy, s, m, tried
+    return index, best_sc, best_mn, best
+
+
+@triton.jit
 def _fit_row(  # type: ignore[no-untyped-def]
     weights,
     metric,
@@ -206,19 +245,10 @@ def _fit_row(  # type: ignore[no-untyped-def]
     sc = tl.load(scales + row).to(tl.int32)
     mn = tl.load(offsets + row).to(tl.int32)
     midpoints = load_midpoints(levels, count, LEVELS)
-    best_sc, best_mn = sc, mn
-    best = tl.full((), float("inf"), tl.float64)
-    index = tl.zeros_like(w).to(tl.int32)
-    for n in range((2 * REACH + 1) * (2 * SIDEWAYS + 1)):
-        ds, dm = n // (2 * SIDEWAYS + 1) - REACH, n % (2 * SIDEWAYS + 1) - SIDEWAYS
-        s = tl.minimum(tl.maximum(sc + ds, lowest), highest)
-        m = tl.minimum(tl.maximum(mn + dm, least), most)
-        tried = _rounded(w, d * s.to(tl.float64), -dmin * m.to(tl.float64), levels, count)
-        energy = _energy(tried, d, dmin, s, m, levels, c, metric, columns, inside, WIDTH)
-        # inf - inf would compare as false
-        margin = tl.where(best == float("inf"), 0.0, GAIN * tl.abs(best))
-        if energy < best - margin:
-            best, best_sc, best_mn, index = energy, s, m, tried
+    index, best_sc, best_mn, best = _search(
+        *(w, sc, mn, d, dmin, levels, c, metric, columns, inside, count),
+        *(lowest, highest, least, most, REACH, SIDEWAYS, GAIN, WIDTH),
+    )
     index, best_sc, best_mn, best = _polish(
         *(index, best_sc, best_mn, best, d, dmin, levels, midpoints, c, metric, columns, inside),
         *(lowest, highest, least, most, sweeps, GAIN, PAIRS, WIDTH),

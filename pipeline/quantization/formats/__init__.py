@@ -11,6 +11,9 @@ from pipeline.quantization.formats.base import (
     QuantizedTensor,
     group_offsets,
     group_scales,
+    stored_pair,
+    zero_offset,
+    zero_points,
 )
 from pipeline.quantization.formats.ggml import GGML_FORMATS
 from pipeline.quantization.formats.integer import integer_format, parse_integer
@@ -30,6 +33,9 @@ __all__ = [
     "group_offsets",
     "group_scales",
     "integer_format",
+    "stored_pair",
+    "zero_offset",
+    "zero_points",
 ]
 
 
@@ -46,6 +52,7 @@ def get_format(name: str) -> Format:
         hint = f"did you mean {near[0]}? " if near else ""
         raise UnsupportedError(
             f"unknown type {name!r}",
-            fix=f"{hint}known: {', '.join(sorted(GGML_FORMATS))}, INT2..INT8, INT<bits>_G<group>",
+            fix=f"{hint}known: {', '.join(sorted(GGML_FORMATS))}, INT2..INT8, INT<bits>_G<group>, "
+            "UINT<bits>_G<group>",
         )
     return found

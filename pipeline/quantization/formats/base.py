@@ -32,6 +32,8 @@ class Format:
         sub_scale: Inclusive integer range of a group's sub-scale under the super-scale, if any.
         sub_offset: Inclusive integer range of a group's offset in units of a super-offset, which is
             subtracted; affine formats without one store an offset a group.
+        zero_points: The offset of an affine format is ``-scale * z`` with an integer z among the
+            codes, as ONNX stores it, and not on the lattice.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Format:
     code_min: int = 0
     sub_scale: tuple[int, int] | None = None
     sub_offset: tuple[int, int] | None = None
+    zero_points: bool = False
 
     @cached_property
     def grid(self) -> Tensor:
@@ -117,6 +120,26 @@ class QuantizedTensor:
         if offsets is not None:
             values = values + offsets.repeat_interleave(group, dim=1)
         return values
+
+
+def stored_pair(fmt: Format, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Wanted scales and offsets of a format without sub-scales as it can store them, any shape."""
+    scale = fmt.scale_lattice.round(scale)
+    if not fmt.zero_points:
+        return scale, fmt.scale_lattice.round(offset)
+    return scale, zero_offset(scale, zero_points(fmt, scale, offset))
+
+
+def zero_points(fmt: Format, scale: Tensor, offset: Tensor) -> Tensor:
+    """The integer zero points nearest to ``-offset / scale``, same shape and dtype; 0 where the
+    scale is 0."""
+    ratio = torch.where(scale == 0, 0.0, -offset / torch.where(scale == 0, 1.0, scale))
+    return ratio.round().clamp(0, len(fmt.levels) - 1)
+
+
+def zero_offset(scale: Tensor, zero: Tensor) -> Tensor:
+    """``-scale * zero`` without a negative 0, exact for fp16 scales even in float32."""
+    return 0.0 - scale * zero
 
 
 def group_scales(fmt: Format, fields: Mapping[str, Tensor]) -> Tensor:

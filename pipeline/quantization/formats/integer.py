@@ -1,4 +1,4 @@
-"""Symmetric integer formats with any group size, for research: ``INT3``, ``INT2_G16``."""
+"""Integer formats with any group size: ``INT3``, ``INT2_G16``; with zero points ``UINT4_G32``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import re
 from pipeline.quantization.formats.base import Format
 from pipeline.quantization.formats.lattice import FP16, ScaleLattice
 
-_NAME = re.compile(r"INT([2-8])(?:_G(\d+))?\Z")
+_NAME = re.compile(r"(U?)INT([2-8])(?:_G(\d+))?\Z")
+
+MOST_ZERO_POINT_BITS = 4
+"""Each zero point is a sweep of its own: 256 of them would take minutes a layer."""
 
 
 def integer_format(bits: int, group_size: int = 0, lattice: ScaleLattice = FP16) -> Format:
@@ -33,9 +36,37 @@ def integer_format(bits: int, group_size: int = 0, lattice: ScaleLattice = FP16)
     )
 
 
+def zero_point_format(bits: int, group_size: int = 0, lattice: ScaleLattice = FP16) -> Format:
+    """Unsigned integers ``0 .. 2^b-1`` with a scale and an integer zero point of as many bits a
+    group: ``w = scale * (code - zero)``.
+
+    Scales are positive: a negative one with the mirrored zero point reaches the same values.
+
+    Args:
+        bits: 2 to `MOST_ZERO_POINT_BITS`.
+        group_size: Inputs per scale; 0 is channel-wise.
+        lattice: Storage type of the scales.
+    """
+    suffix = f"_G{group_size}" if group_size else ""
+    return Format(
+        name=f"UINT{bits}{suffix}",
+        levels=tuple(float(v) for v in range(1 << bits)),
+        group_size=group_size,
+        super_group=group_size,
+        affine=True,
+        signed_scale=False,
+        scale_lattice=lattice,
+        bits_per_weight=bits + ((16 + bits) / group_size if group_size else 0),
+        zero_points=True,
+    )
+
+
 def parse_integer(name: str) -> Format | None:
     """The format that a name such as ``INT4_G32`` means, or None if it is not of this family."""
     match = _NAME.match(name)
-    if match is None or match[2] in {"0", "00"}:
+    if match is None or match[3] in {"0", "00"}:
         return None
-    return integer_format(int(match[1]), int(match[2] or 0))
+    bits, group = int(match[2]), int(match[3] or 0)
+    if not match[1]:
+        return integer_format(bits, group)
+    return zero_point_format(bits, group) if bits <= MOST_ZERO_POINT_BITS else None

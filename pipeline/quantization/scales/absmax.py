@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.quantization.formats import Format, ScaleLattice
+from pipeline.quantization.formats import Format, ScaleLattice, stored_pair
 from pipeline.quantization.scales.base import BlockProblem, BlockScales
 
 
@@ -48,11 +48,18 @@ def absmax(problem: BlockProblem, fmt: Format, *, signed: bool = True) -> BlockS
     rows = len(weights)
     grouped = weights.reshape(-1, fmt.group_of(weights.shape[1]))
     if fmt.affine:
-        low, high = grouped.amin(1), grouped.amax(1)
+        low, high = affine_range(grouped, fmt)
         scale = ((high - low) / fmt.levels[-1]).reshape(rows, -1)
         return on_lattice(scale, fmt, low.reshape(rows, -1))
     scale = smallest_covering_scale(grouped, fmt.grid, signed=may_mirror(fmt, signed))
     return on_lattice(scale.reshape(rows, -1), fmt)
+
+
+def affine_range(weights: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight of each row of [rows, inputs]; with zero points, and 0, which is
+    then one of the values."""
+    low, high = weights.amin(1), weights.amax(1)
+    return (low.clamp_max(0), high.clamp_min(0)) if fmt.zero_points else (low, high)
 
 
 def on_lattice(scale: Tensor, fmt: Format, offset: Tensor | None = None) -> BlockScales:
@@ -70,10 +77,10 @@ def on_lattice(scale: Tensor, fmt: Format, offset: Tensor | None = None) -> Bloc
     lattice = fmt.scale_lattice
     zero = torch.zeros_like(scale)
     if fmt.sub_scale is None:
-        scale = lattice.round(scale)
         if offset is None:
+            scale = lattice.round(scale)
             return BlockScales(scale, zero, {"d": scale.float()})
-        offset = lattice.round(offset)
+        scale, offset = stored_pair(fmt, scale, offset)
         return BlockScales(scale, offset, {"d": scale.float(), "m": offset.float()})
     d, sc = _under_super(scale, fmt.sub_scale, lattice)
     fields = {"d": d.float(), "sc": sc.to(torch.int8)}

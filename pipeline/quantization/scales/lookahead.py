@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels import round_columns, sequential_loss
-from pipeline.quantization.formats import Format, ScaleLattice
+from pipeline.quantization.formats import Format, ScaleLattice, stored_pair
 from pipeline.quantization.scales.absmax import may_mirror, smallest_covering_scale
 from pipeline.quantization.scales.base import BlockProblem, BlockScales
 from pipeline.quantization.scales.piso import piso
@@ -57,8 +57,7 @@ def lookahead(
         problem.weights.double(),
         problem.inverse_root.double(),
         fmt.grid.to(problem.weights.device),
-        fmt.scale_lattice,
-        fmt.affine,
+        fmt,
     )
     reach = RANGE_AT_4_LEVELS * (4 / len(fmt.levels)) ** 0.6
     best = start.scale.double(), start.offset.double()
@@ -87,15 +86,23 @@ class _Search:
         weights: x, [rows, group].
         factor: U of the group.
         levels: Levels at scale 1.
-        lattice: Storage lattice.
-        affine: Whether there is an offset.
+        fmt: Format.
     """
 
     weights: Tensor
     factor: Tensor
     levels: Tensor
-    lattice: ScaleLattice
-    affine: bool
+    fmt: Format
+
+    @property
+    def lattice(self) -> ScaleLattice:
+        """Storage lattice."""
+        return self.fmt.scale_lattice
+
+    @property
+    def affine(self) -> bool:
+        """Whether there is an offset."""
+        return self.fmt.affine
 
     def best(self, known: list[Pairs]) -> tuple[Pairs, Tensor]:
         """Best pair of every row and its loss, all [rows, 1]; the first of equals."""
@@ -125,7 +132,7 @@ class _Search:
         turn = torch.arange(count, dtype=scale.dtype, device=scale.device) * GOLDEN % 1.0
         middle = offset + scale * self.levels.mean()
         moved = middle + scale * shift * (2 * turn - 1) - wanted * self.levels.mean()
-        return self.lattice.round(wanted), self.lattice.round(moved)
+        return stored_pair(self.fmt, wanted, moved)
 
     def neighbours(self, best: Pairs) -> list[Pairs]:
         """The next lattice scales below and above, which coarse lattices need."""
@@ -133,7 +140,9 @@ class _Search:
         size, sign = scale.abs(), scale.sign()
         below = sign * self.lattice.neighbours(size * (1 - 2**-20))[0]
         above = sign * self.lattice.neighbours(size * (1 + 2**-20))[1]
-        return [(below, offset), (above, offset)]
+        if not self.fmt.zero_points:
+            return [(below, offset), (above, offset)]
+        return [stored_pair(self.fmt, below, offset), stored_pair(self.fmt, above, offset)]
 
     def covering(self, mirror: bool) -> list[Pairs]:
         """The scales at which no weight is clipped, of both signs where `mirror`."""
@@ -163,4 +172,4 @@ class _Search:
         power = q.square().sum(1, keepdim=True)
         fitted = torch.where(power > 0, (q * x).sum(1, keepdim=True) / power, scale)
         scales = torch.cat(self.lattice.neighbours(fitted), dim=1)
-        return scales, self.lattice.round(pull - scales * lean)
+        return stored_pair(self.fmt, scales, pull - scales * lean)

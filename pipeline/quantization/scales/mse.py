@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 from pipeline.kernels.twin.common import nearest_index
-from pipeline.quantization.formats import Format
-from pipeline.quantization.scales.absmax import may_mirror, on_lattice, smallest_covering_scale
+from pipeline.quantization.formats import Format, stored_pair
+from pipeline.quantization.scales.absmax import (
+    affine_range,
+    may_mirror,
+    on_lattice,
+    smallest_covering_scale,
+)
 from pipeline.quantization.scales.base import BlockProblem, BlockScales
 
 SHRINK_STEPS = 100
@@ -41,7 +46,7 @@ def mse(problem: BlockProblem, fmt: Format, *, signed: bool = True) -> BlockScal
 def _ranges(weights: Tensor, fmt: Format, mirror: bool) -> list[tuple[Tensor, Tensor]]:
     """Scales and offsets that cover every weight, each [rows]; the mirrored pair comes second."""
     if fmt.affine:
-        low, high = weights.amin(1), weights.amax(1)
+        low, high = affine_range(weights, fmt)
         return [((high - low) / fmt.levels[-1], low)]
     zero = torch.zeros_like(weights[:, 0])
     ranges = [(smallest_covering_scale(weights, fmt.grid, signed=False), zero)]
@@ -56,9 +61,10 @@ def _search(
     """Scale and offset with the smallest squared error, each [rows]; the earliest of equal ones."""
     factors = 1 - torch.arange(SHRINK_STEPS).to(weights) / SHRINK_STEPS
     scales, offsets = (
-        fmt.scale_lattice.round(torch.cat([start[:, None] * factors for start in column], dim=1))
+        torch.cat([start[:, None] * factors for start in column], dim=1)
         for column in zip(*ranges, strict=True)
     )
+    scales, offsets = stored_pair(fmt, scales, offsets)
     together = max(1, CHUNK_VALUES // max(1, weights.numel()))
     errors = [
         _squared_error(weights, s, m, fmt)

@@ -1,8 +1,8 @@
 """Piecewise Scale Optimization (arXiv 2606.10890) as scale rules for one block.
 
 Single-scale blocks are solved exactly on the scale lattice by the sweep of
-`pipeline.kernels.piso_sweep`. Blocks with an offset go to `scales.affine`, blocks with sub-scales
-to `scales.hierarchical`.
+`pipeline.kernels.piso_sweep`. Blocks with an offset or a zero point go to `scales.affine`, blocks
+with sub-scales to `scales.hierarchical`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pipeline.errors import UnsupportedError
 from pipeline.kernels import piso_sweep, piso_sweep_diagonal
-from pipeline.quantization.formats import Format
+from pipeline.quantization.formats import Format, zero_offset
 from pipeline.quantization.scales.absmax import may_mirror
-from pipeline.quantization.scales.affine import piso_affine
+from pipeline.quantization.scales.affine import piso_affine, piso_zero_point
 from pipeline.quantization.scales.base import BlockProblem, BlockScales
 from pipeline.quantization.scales.hierarchical import hierarchical
 
@@ -53,6 +53,8 @@ def piso(
     if fmt.sub_scale is not None:
         return hierarchical(problem, fmt, signed=signed)
     signed = may_mirror(fmt, signed)
+    if fmt.zero_points:
+        return _zero_points(problem, fmt, clamp)
     if fmt.affine:
         return piso_affine(problem, fmt, signed=signed)
     weights, metric, linear = problem.weights, problem.metric, problem.linear
@@ -67,6 +69,14 @@ def piso(
         )
     scale = result.scales[:, None].to(weights.dtype)
     return BlockScales(scale, torch.zeros_like(scale), {"d": scale.float()}, result.level_indices)
+
+
+def _zero_points(problem: BlockProblem, fmt: Format, clamp: bool) -> BlockScales:
+    bits = (len(fmt.levels) - 1).bit_length()
+    found = piso_zero_point(problem, bits, lattice=fmt.scale_lattice, clamp=clamp)
+    scale = found.scales[:, None].to(problem.weights.dtype)
+    offset = zero_offset(scale, found.zero_points[:, None])
+    return BlockScales(scale, offset, {"d": scale.float(), "m": offset.float()}, found.codes)
 
 
 def minimum(problem: BlockProblem) -> Tensor:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -14,11 +15,14 @@ from onnx import numpy_helper
 
 from exporters.onnx import integer_weight, read_onnx
 from exporters.onnx.integers import quantized_tensor
+from pipeline.errors import InputError, VerificationError
 from pipeline.quantization.formats import get_format
 from tests.onnx_models import EMBEDDING, HEAD, TinyModel, census, random_ids, rounded, run, session
 
 TOLERANCE = 2e-5
-MATRICES = ("Q2_0", "Q4_0", "Q8_0", "INT2_G32", "INT3_G16", "INT4_G64", "INT8_G64")
+SYMMETRIC = ("Q2_0", "Q4_0", "Q8_0", "INT2_G32", "INT3_G16", "INT4_G64", "INT8_G64")
+ZERO_POINTS = ("UINT2_G32", "UINT3_G64", "UINT4_G16", "UINT4_G32")
+MATRICES = (*SYMMETRIC, *ZERO_POINTS)
 STORED = {"Q2_0": 2, "Q4_0": 4, "Q8_0": 8, "INT2_G32": 2, "INT3_G16": 4, "INT4_G64": 4}
 LINEARS = 14  # 7 in each of 2 blocks
 
@@ -110,7 +114,7 @@ def test_the_default_mode_of_the_runtime_rounds_activations(tmp_path: Path) -> N
     assert 1e-3 < np.abs(logits - model.logits(ids)).max() < 1
 
 
-@pytest.mark.parametrize("kind", [*MATRICES, "INT2_G128", "INT8_G256", "INT3_G256"])
+@pytest.mark.parametrize("kind", [*SYMMETRIC, "INT2_G128", "INT8_G256", "INT3_G256"])
 def test_codes_and_scales_come_back_bit_for_bit(kind: str) -> None:
     fmt = get_format(kind)
     generator = torch.Generator().manual_seed(0)
@@ -127,6 +131,55 @@ def test_codes_and_scales_come_back_bit_for_bit(kind: str) -> None:
     assert torch.equal(back.scales["d"].view(torch.int32), solved.scales["d"].view(torch.int32))
 
 
+@pytest.mark.parametrize("kind", ZERO_POINTS)
+def test_zero_points_come_back_bit_for_bit(kind: str) -> None:
+    fmt = get_format(kind)
+    solved = rounded(torch.randn(12, 512, generator=torch.Generator().manual_seed(0)), kind)
+    d, m = solved.scales["d"], solved.scales["m"]
+    top = fmt.levels[-1]
+    d[1, 0], m[1, 0] = 0.0, 0.0
+    d[2, 0], m[2, 0] = 65504.0, -65504.0 * top
+    d[3, 0], m[3, 0] = 2.0**-24, 0.0
+    stored = integer_weight(solved)
+    assert np.array_equal(stored.dequantize(), solved.dequantize().numpy())
+    assert stored.zeros is not None
+    assert stored.zeros[:4, 0].tolist()[1:] == [0, top, 0]
+    back = quantized_tensor(stored, fmt)
+    assert torch.equal(back.codes, solved.codes)
+    for name in ("d", "m"):
+        same = back.scales[name].view(torch.int32) == solved.scales[name].view(torch.int32)
+        assert same.all()
+    m[4, 0] += 0.5 * d[4, 0]
+    with pytest.raises(VerificationError, match="no integer zero point"):
+        integer_weight(solved)
+
+
+@pytest.mark.parametrize("kind", ["UINT2_G32", "UINT4_G32"])
+def test_zero_points_are_stored_as_the_codes_are(kind: str, tmp_path: Path) -> None:
+    path = TinyModel("llama", linears(kind)).write(tmp_path)
+    proto = onnx.load(str(path), load_external_data=False)
+    name = "model.layers.0.mlp.down_proj.weight"
+    found = {t.name: t for t in proto.graph.initializer}
+    codes, zeros = found[f"{name}_quantized"], found[f"{name}_zero_point"]
+    wanted = onnx.TensorProto.UINT2 if kind == "UINT2_G32" else onnx.TensorProto.UINT4
+    assert codes.data_type == zeros.data_type == wanted
+    assert (list(codes.dims), list(zeros.dims)) == ([128, 64], [4, 64])
+
+
+def test_damaged_zero_points_are_noticed(tmp_path: Path) -> None:
+    path = TinyModel("llama", linears("UINT4_G32")).write(tmp_path)
+    proto = onnx.load(str(path))
+    name = "model.layers.0.mlp.down_proj.weight"
+    zeros = next(t for t in proto.graph.initializer if t.name == f"{name}_zero_point")
+    for array in (np.zeros((4, 64), np.uint8), np.zeros((2, 64), ml_dtypes.uint4)):
+        zeros.CopyFrom(numpy_helper.from_array(array, zeros.name))
+        onnx.save(proto, str(path), save_as_external_data=True, location="model.onnx_data")
+        with pytest.raises(InputError, match="zero point"):
+            read_onnx(path).quantized(name)
+        proto = onnx.load(str(path))
+        zeros = next(t for t in proto.graph.initializer if t.name == f"{name}_zero_point")
+
+
 @pytest.mark.parametrize("kind", MATRICES)
 def test_a_file_gives_back_all_its_tensors(kind: str, tmp_path: Path) -> None:
     model = TinyModel("qwen2", linears(kind, "INT8_G64", "F16"))
@@ -140,7 +193,8 @@ def test_a_file_gives_back_all_its_tensors(kind: str, tmp_path: Path) -> None:
         back, solved = file.quantized(name), model.solved[name]
         assert back.format == solved.format
         assert torch.equal(back.codes, solved.codes)
-        assert torch.equal(back.scales["d"], solved.scales["d"])
+        assert back.scales.keys() == solved.scales.keys()
+        assert all(torch.equal(back.scales[n], solved.scales[n]) for n in back.scales)
 
 
 @pytest.mark.parametrize(("kind", "bits"), STORED.items())

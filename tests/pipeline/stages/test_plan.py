@@ -74,6 +74,35 @@ def test_the_first_pattern_that_fits_decides(wide: Path) -> None:
         plan(wide, tensor_types=("nothing_like_it=Q8_0",))
 
 
+@pytest.mark.parametrize("target", ["onnx", "gguf,onnx"])
+def test_onnx_knows_no_mix_and_has_tables_of_its_own(wide: Path, tied: Path, target: str) -> None:
+    types = plan(wide, target=target, type="Q4_0").types
+    assert (types.pop(EMBEDDING), types.pop(HEAD)) == ("F16", "Q8_0")
+    assert set(types.values()) == {"Q4_0"}
+    types = plan(tied, target=target, type="Q4_0").types
+    assert (types[EMBEDDING], HEAD in types) == ("Q8_0", False)
+    types = plan(wide, target="onnx", type="INT3_G64", output_tensor_type="INT4_G32").types
+    assert (types[EMBEDDING], types[HEAD]) == ("F16", "INT4_G32")
+
+
+def test_groups_of_integer_types_shrink_to_the_width(tmp_path: Path) -> None:
+    """160 = 5 x 32 and 80 = 5 x 16."""
+    make_checkpoint(tmp_path, hidden_size=160, intermediate_size=256, head_dim=40)
+    with pytest.raises(UnsupportedError, match=r"INT4_G128 -> INT4_G32 \(width 160\)"):
+        plan(tmp_path, target="onnx", type="INT4_G128")
+    found = plan(tmp_path, target="onnx", type="INT4_G128", allow_fallback=True).types
+    assert found["model.layers.0.mlp.up_proj.weight"] == "INT4_G32"
+    assert found["model.layers.0.mlp.down_proj.weight"] == "INT4_G128"
+
+
+def test_sizes_of_integer_types_are_those_of_the_file(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, hidden_size=256, intermediate_size=512, head_dim=64)
+    shapes = {"model.layers.0.mlp.up_proj.weight": (512, 256)}
+    for kind, nbytes in (("INT3_G64", 4 / 8 + 2 / 64), ("INT2_G128", 2 / 8 + 2 / 128)):
+        found = plan(folder, target="onnx", type=kind)
+        assert found.size_bytes(shapes) == 512 * 256 * nbytes
+
+
 @pytest.mark.parametrize("text", ["Q8_0", "=Q8_0", "attn=Q9_9", "(=Q8_0"])
 def test_wrong_patterns_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="tensor_types"):

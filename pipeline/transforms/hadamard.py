@@ -148,7 +148,9 @@ def _powers_of_generator(prime: int, exponent: int) -> np.ndarray:
 
 
 def _walk(candidate: tuple[int, ...], prime: int, exponent: int, size: int) -> np.ndarray | None:
-    """Powers of the candidate generator, or None if it is back at one too early or lost."""
+    """Powers of the candidate generator, or None if it is no unit or back at one too early."""
+    if not candidate[-1]:
+        return None
     one = np.zeros(exponent, np.int64)
     one[-1] = 1
     powers = [one]

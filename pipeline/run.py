@@ -32,11 +32,11 @@ from pipeline.stages.plan import TypePlan
 from pipeline.stages.quantize import QuantizedModel, quantize
 from pipeline.stages.repack import repack
 from pipeline.stages.report import RECIPE, check_files, deliver
-from pipeline.stages.transform import transform
+from pipeline.stages.transform import Delivered, keep_changes, transform
 from pipeline.stages.verify import Ladder, climb, wants_llamacpp
 from pipeline.storage import OUTPUT_MARKER, check_free_space, check_output, publish, scratch_folder
 
-STAGES = ("load", "transform", "calibrate", "quantize", "export", "verify", "report")
+STAGES = ("load", "calibrate", "transform", "quantize", "export", "verify", "report")
 BYTES_PER_PARAMETER = 6
 """Disk while a run lasts: codes and scales, the model file, and the float twin."""
 
@@ -98,6 +98,8 @@ def deploy(
         report = None if fresh or overwrite else _delivered(output, identity, resolved.recipe)
         if report is None:
             check_output(output, overwrite=overwrite)
+            _stage(progress, "transform")
+            source = transform(resolved.recipe, source, texts.calibration, run, progress)
             _stage(progress, "quantize")
             model = _matrices(resolved.recipe, source, texts, importance, run, progress)
             try:
@@ -153,8 +155,6 @@ def _prepare(recipe: Recipe, allow_pickle: bool, progress: Progress) -> tuple[So
         progress.note(note)
     for replaced in source.plan.replaced:
         progress.warning(f"type replaced: {replaced}")
-    _stage(progress, "transform")
-    source = transform(recipe, source)
     _stage(progress, "calibrate")
     texts = prepare_texts(recipe, source)
     check_tokenizer(source, texts.sources[1].text)
@@ -215,6 +215,7 @@ def _finish(
     path = staging / f"{source.name}-{source.file_type}.gguf"
     promised = export(path, model, recipe)
     emit(staging, model, recipe, texts)
+    keep_changes(staging, recipe, source)
     _stage(progress, "verify")
     ladder = climb(path, promised, recipe, source, texts, staging, progress)
     counts = {**model.counts(), **texts.counts}
@@ -269,7 +270,7 @@ def verify(
     revision = manifest["input"].get("revision")
     update = {"revision": revision} if model is None else {"model": model, "revision": None}
     recipe = recipe.model_copy(update=update)
-    source = transform(recipe, open_source(recipe, allow_pickle=allow_pickle))
+    source = open_source(recipe, allow_pickle=allow_pickle)
     if source.description["files"] != manifest["input"]["files"]:
         raise InputError(
             f"{source.checkpoint.source} is not the checkpoint that this folder was made from",
@@ -282,6 +283,8 @@ def verify(
     if texts.describe()["evaluation"]["sha256"] != manifest["texts"]["evaluation"]["sha256"]:
         notes.append("the evaluation text is not the one that the manifest's figures are from")
         progress.warning(notes[0])
+    _stage(progress, "transform")
+    source = transform(recipe, source, texts.calibration, Delivered(folder), progress)
     _stage(progress, "verify")
     path = folder / manifest["model_file"]
     with scratch_folder(folder) as scratch:
@@ -344,9 +347,9 @@ def _report(
     progress: Progress,
 ) -> Report:
     size = path.stat().st_size
-    notes = (*source.checkpoint.notes, *source.vocabulary.notes)
+    notes = (*source.checkpoint.notes, *source.vocabulary.notes, *source.notes)
     return Report(
-        gates=ladder.gates,
+        gates=(*source.exactness, *ladder.gates),
         qualities=ladder.qualities,
         bits_per_weight=8 * size / source.checkpoint.num_parameters,
         size_bytes=size,

@@ -16,7 +16,10 @@ from pipeline.checkpoint import Checkpoint, hf_config, load_tokenizer, open_chec
 from pipeline.demo import MODEL as DEMO
 from pipeline.mixes import ALIASES, base_type
 from pipeline.recipe import Recipe
+from pipeline.report import Gate
 from pipeline.stages.plan import TypePlan, plan_types
+from pipeline.stages.untie import prepare_for_transforms
+from pipeline.transforms.changes import Change, changed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -40,6 +43,9 @@ class Source:
         calibration: Name of the calibration text.
         file_type: What the file announces itself as: the mix or type asked for, or the type that
             holds most weights if that was replaced.
+        changes: What transforms did to the checkpoint's weights; `read` has them applied.
+        exactness: Gates on those changes.
+        notes: What transforms left out of what was asked.
     """
 
     checkpoint: Checkpoint
@@ -49,6 +55,9 @@ class Source:
     plan: TypePlan
     calibration: str
     file_type: str
+    changes: tuple[Change, ...] = ()
+    exactness: tuple[Gate, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def head(self) -> str:
@@ -77,7 +86,7 @@ class Source:
             "revision": checkpoint.revision,
             "architecture": checkpoint.architecture.model_type,
             "parameters": checkpoint.num_parameters,
-            "tied": checkpoint.tied,
+            "tied": checkpoint.tied or checkpoint.head_copied,
             "files": checkpoint.fingerprint(),
             **({"packed": self.packed_by} if self.packed_by else {}),
         }
@@ -91,10 +100,23 @@ class Source:
         return shapes
 
     def read(self, name: str) -> torch.Tensor:
-        """A float weight, float32; a tied head reads the embedding."""
+        """A float weight after all transforms, float32; a tied head reads the embedding."""
+        return self.exact(name).float() if self.changes else self.original(name)
+
+    def exact(self, name: str) -> torch.Tensor:
+        """The same in float64: transforms are computed in it, one tensor at a time."""
+        if name == HEAD and self.checkpoint.tied:
+            name = EMBEDDING
+        return changed(self._original64, self.changes)(name).contiguous()
+
+    def original(self, name: str) -> torch.Tensor:
+        """A float weight as the checkpoint has it, float32; a tied head reads the embedding."""
         if name == HEAD and self.checkpoint.tied:
             name = EMBEDDING
         return self.checkpoint.read(name, torch.float32)
+
+    def _original64(self, name: str) -> torch.Tensor:
+        return self.original(name).double()
 
 
 def open_source(recipe: Recipe, *, allow_pickle: bool) -> Source:
@@ -110,6 +132,7 @@ def open_source(recipe: Recipe, *, allow_pickle: bool) -> Source:
         revision=recipe.revision,
         allow_pickle=allow_pickle,
     )
+    checkpoint = prepare_for_transforms(checkpoint, recipe)
     tokenizer = load_tokenizer(checkpoint)
     vocabulary = read_vocabulary(tokenizer, checkpoint.config)
     default_text = STDLIB if recipe.model is None else DEFAULT_TEXT

@@ -44,7 +44,7 @@ def test_real_widths_leave_nothing_over(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "rest"), [(3, 3), (92, 23), (6, 3), (10, 5), (1, 1), (84, 1), (23 * 7 * 4, 161)]
+    ("width", "rest"), [(3, 3), (92, 23), (6, 3), (10, 5), (1, 1), (84, 1), (46, 23)]
 )
 def test_what_is_left_over_is_named(width: int, rest: int) -> None:
     orders, left = hadamard_factors(width)

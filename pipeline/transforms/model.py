@@ -1,0 +1,78 @@
+"""What the planner of a transform sees: the model as it is after the transforms before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pipeline.architectures.spaces import Role, Space
+from pipeline.transforms.changes import Change, ReadTensor, changed
+from pipeline.transforms.operators import Operator
+
+
+@dataclass
+class Model:
+    """A model whose weights are read one tensor at a time, and the changes made so far.
+
+    Attributes:
+        spaces: Where it may be changed.
+        original: Reads its weights as they were, float64.
+        changes: What was done; `read` has them applied.
+        notes: What was left out of what was asked, in words.
+    """
+
+    spaces: tuple[Space, ...]
+    original: ReadTensor
+    changes: list[Change] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor after the changes so far, float64."""
+        return changed(self.original, self.changes)(name)
+
+    def change(self, space: Space, operator: Operator) -> None:
+        """Make one more change."""
+        self.changes.append(Change(space, operator))
+
+    def of_kinds(self, kinds: Sequence[str]) -> Iterator[Space]:
+        """The spaces of these kinds, in the model's order."""
+        return (space for space in self.spaces if space.kind in kinds)
+
+
+def columns_of(model: Model, space: Space, measure: str) -> Tensor:
+    """Size of each channel in the matrices that read it, float64 [width].
+
+    Args:
+        model: The model.
+        space: Any space but ``heads``.
+        measure: ``max`` of absolute weights, or ``square``: the mean of their squares, over all
+            matrices (and query heads that share the channel).
+    """
+    found = torch.zeros(space.width, dtype=torch.float64)
+    count = 0
+    for name in space.with_role(Role.READS, Role.READS_SHARED):
+        weight = model.read(name)
+        if space.roles[name] is Role.READS_SHARED:
+            weight = by_channel(weight, space)
+        if measure == "max":
+            found = torch.maximum(found, weight.abs().amax(0))
+        else:
+            found += weight.square().sum(0)
+            count += len(weight)
+    return found if measure == "max" else found / count
+
+
+def by_channel(weight: Tensor, space: Space) -> Tensor:
+    """A matrix whose query heads share values, as one of [out * share, width]."""
+    heads = weight.reshape(len(weight), -1, space.share, space.unit)
+    return heads.transpose(1, 2).reshape(-1, space.width)
+
+
+def rows_of(model: Model, space: Space) -> Tensor:
+    """Largest absolute weight, or gain, that writes each channel, float64 [width]."""
+    name = next(n for n in space.with_role(Role.WRITES) if n.endswith(".weight"))
+    weight = model.read(name)
+    return weight.abs().amax(1) if weight.ndim == 2 else weight.abs()

@@ -232,6 +232,7 @@ def _finish(
         "verified_in": sorted({g.runtime for g in report.gates if _deployed(g)}),
         "tensors": promised,
         "sites": model.sites,
+        **({"block_rotation_bounds": list(source.bounds)} if source.bounds else {}),
     }
     return deliver(staging, report, resolved, record)
 

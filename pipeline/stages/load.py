@@ -46,6 +46,7 @@ class Source:
         changes: What transforms did to the checkpoint's weights; `read` has them applied.
         exactness: Gates on those changes.
         notes: What transforms left out of what was asked.
+        bounds: How far outliers can reach after block rotations, before and after permutations.
     """
 
     checkpoint: Checkpoint
@@ -58,6 +59,7 @@ class Source:
     changes: tuple[Change, ...] = ()
     exactness: tuple[Gate, ...] = ()
     notes: tuple[str, ...] = ()
+    bounds: tuple[dict[str, Any], ...] = ()
 
     @property
     def head(self) -> str:

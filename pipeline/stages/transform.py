@@ -24,8 +24,9 @@ from pipeline.recipe import Recipe
 from pipeline.report import Gate
 from pipeline.stages.limits import limit_gate
 from pipeline.stages.load import Source
+from pipeline.stages.measure import judging, measuring
 from pipeline.transforms import TRANSFORMS, Transform, parse_transform
-from pipeline.transforms.changes import Change, flatten, unflatten
+from pipeline.transforms.changes import flatten, unflatten
 from pipeline.transforms.model import Model
 from runtimes.exact_reference import ExactReference
 from runtimes.torch_reference import TorchReference
@@ -105,12 +106,11 @@ def transform(
     transforms = [parse_transform(text) for text in recipe.transforms]
     if not transforms:
         return source
-    checkpoint = source.checkpoint
-    spaces = spaces_of(checkpoint.architecture, checkpoint.config)
-    changes, notes = _kept(transforms, spaces, parts) or _planned(transforms, spaces, source, parts)
-    source = replace(source, changes=tuple(changes), notes=tuple(notes))
+    model = _kept(transforms, source, parts) or _planned(transforms, recipe, source, windows, parts)
+    notes = tuple(dict.fromkeys([*model.notes, *_bound_notes(model)]))
+    source = replace(source, changes=tuple(model.changes), notes=notes, bounds=tuple(model.bounds))
     for note in notes:
-        progress.warning(note)
+        progress.note(note)
     gates = exactness(source, recipe.seed)
     for gate in gates:
         progress.note(f"{gate.runtime}: logits differ by {gate.figure:.2g} after the transforms")
@@ -125,22 +125,31 @@ def transform(
     return replace(source, exactness=gates)
 
 
-def _kept(
-    transforms: list[Transform], spaces: tuple[Space, ...], parts: Parts
-) -> tuple[list[Change], list[str]] | None:
+def _spaces(source: Source) -> tuple[Space, ...]:
+    return spaces_of(source.checkpoint.architecture, source.checkpoint.config)
+
+
+def _kept(transforms: list[Transform], source: Source, parts: Parts) -> Model | None:
     if not any(one.measures for one in transforms):
         return None
     loaded = parts.load(PART)
     if loaded is None:
         return None
     tensors, meta = loaded
-    return unflatten(tensors, meta["changes"], spaces), meta["notes"]
+    spaces = _spaces(source)
+    changes = unflatten(tensors, meta["changes"], spaces)
+    return Model(spaces, source.exact, changes, notes=meta["notes"], bounds=meta["bounds"])
 
 
 def _planned(
-    transforms: list[Transform], spaces: tuple[Space, ...], source: Source, parts: Parts
-) -> tuple[list[Change], list[str]]:
-    model = Model(spaces, source.exact)
+    transforms: list[Transform], recipe: Recipe, source: Source, windows: Tensor, parts: Parts
+) -> Model:
+    model = Model(
+        _spaces(source),
+        source.exact,
+        measure=measuring(recipe, source, windows),
+        judge=judging(recipe, source),
+    )
     for one in transforms:
         module, _, function = TRANSFORMS[one.kind].plan.partition(":")
         plan: Callable[[Model, Any], None] = getattr(import_module(module), function)
@@ -154,8 +163,24 @@ def _planned(
             ) from error
     if any(one.measures for one in transforms):
         tensors, described = flatten(model.changes)
-        parts.store(PART, tensors, {"changes": described, "notes": model.notes})
-    return model.changes, model.notes
+        meta = {"changes": described, "notes": model.notes, "bounds": model.bounds}
+        parts.store(PART, tensors, meta)
+    return model
+
+
+def _bound_notes(model: Model) -> list[str]:
+    """The worst bound of each kind of space, in words."""
+    worst: dict[str, dict[str, Any]] = {}
+    for bound in model.bounds:
+        kind = bound["space"].rpartition(" ")[2]
+        if kind not in worst or bound["bound before"] > worst[kind]["bound before"]:
+            worst[kind] = bound
+    return [
+        f"outliers after a rotation of blocks of {bound['block']} in {bound['space']} can reach "
+        f"{bound['bound after']:.3g}, before the permutation {bound['bound before']:.3g}, with "
+        f"equal masses {bound['least bound']:.3g}"
+        for bound in worst.values()
+    ]
 
 
 def keep_changes(folder: Path, recipe: Recipe, source: Source) -> None:
@@ -165,7 +190,9 @@ def keep_changes(folder: Path, recipe: Recipe, source: Source) -> None:
     from safetensors.torch import save_file
 
     tensors, described = flatten(source.changes)
-    meta = json.dumps({"changes": described, "notes": list(source.notes)})
+    meta = json.dumps(
+        {"changes": described, "notes": list(source.notes), "bounds": list(source.bounds)}
+    )
     save_file(tensors, folder / FILE, metadata={"changes": meta})
 
 

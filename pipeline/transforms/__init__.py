@@ -81,28 +81,32 @@ TRANSFORMS: dict[str, Kind] = {
             "by": Option(
                 "magnitude",
                 "What decides: similar weights together, or one of MixQuant's orders.",
-                ("magnitude", "random"),
+                ("magnitude", "alike", "mass", "massdiff", "zigzag", "random"),
             ),
             "spaces": Option(
                 "inner+values",
                 "What is reordered.",
                 ("residual", "inner", "values", "heads"),
             ),
+            "block": Option(32, "Channels of a block, for what thinks in blocks.", least=1),
             "seed": _SEED,
         },
+        measures={"by": ("alike", "mass", "massdiff", "zigzag")},
     ),
     "equalize": Kind(
         "pipeline.transforms.equalization:plan_equalization",
         "Channels rescaled between the tensor that writes and those that read them.",
         {
-            "method": Option("range", "How factors are found.", ("range",)),
+            "method": Option("range", "How factors are found.", ("range", "smoothquant", "awq")),
             "spaces": Option(
                 "attention_norm+ffn_norm+values+inner",
                 "What is rescaled.",
                 ("attention_norm", "ffn_norm", "final_norm", "values", "inner"),
             ),
-            "alpha": Option(0.5, "Share of the range that moves to the writer.", most=1),
+            "alpha": Option(0.5, "Share of the range that moves.", most=1),
+            "points": Option(20, "Points of AWQ's grid.", least=1, most=1000),
         },
+        measures={"method": ("smoothquant", "awq")},
     ),
     "online": Kind(
         "",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,18 @@ from torch import Tensor
 from pipeline.architectures.spaces import Role, Space
 from pipeline.transforms.changes import Change, ReadTensor, changed
 from pipeline.transforms.operators import Operator
+from pipeline.transforms.statistics import InputStatistics
+
+Measured = Iterator[tuple[int | None, dict[str, InputStatistics]]]
+"""Block by block the statistics of each site's inputs; last, under None, those of the head."""
+
+
+def _cannot_measure(read: ReadTensor, hessian: bool) -> Measured:
+    raise ValueError("no calibration inputs are at hand")
+
+
+def _cannot_judge(name: str, weight: Tensor, hessian: Tensor) -> float:
+    raise ValueError("no quantizer is at hand")
 
 
 @dataclass
@@ -22,16 +35,31 @@ class Model:
         original: Reads its weights as they were, float64.
         changes: What was done; `read` has them applied.
         notes: What was left out of what was asked, in words.
+        bounds: Bounds of block rotations, see `pipeline.transforms.permuting.bounds_of`.
+        measure: Runs calibration text through the model that it is given, see `measured`.
+        judge: Quantizes a matrix of that name as the recipe will, [out, in] under the Hessian of
+            its inputs, and gives the squared error of its outputs.
     """
 
     spaces: tuple[Space, ...]
     original: ReadTensor
     changes: list[Change] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    bounds: list[dict[str, Any]] = field(default_factory=list)
+    measure: Callable[[ReadTensor, bool], Measured] = _cannot_measure
+    judge: Callable[[str, Tensor, Tensor], float] = _cannot_judge
 
     def read(self, name: str) -> Tensor:
         """A tensor after the changes so far, float64."""
         return changed(self.original, self.changes)(name)
+
+    def measured(self, *, hessian: bool = False) -> Measured:
+        """Statistics of the inputs of every site, of the model as it is when each block is read.
+
+        Args:
+            hessian: Whether ``sum x x'`` is wanted too.
+        """
+        return self.measure(self.read, hessian)
 
     def change(self, space: Space, operator: Operator) -> None:
         """Make one more change."""

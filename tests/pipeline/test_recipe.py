@@ -30,7 +30,7 @@ OTHER_VALUES: dict[str, Any] = {
     "allow_fallback": True,
     "device": "cpu",
     "seed": 7,
-    "transforms": (),
+    "transforms": ("rotate:seed=3,allow_untie=true", "permute"),
     "calibration.source": "text.txt",
     "calibration.samples": 3,
     "calibration.seqlen": 64,
@@ -67,7 +67,7 @@ OTHER_VALUES: dict[str, Any] = {
 }
 """A value that no preset has, where there is one, for every key but `revision`."""
 
-ONE_VALUE_ONLY = {"target", "transforms"}
+ONE_VALUE_ONLY = {"target"}
 
 
 def message(*overrides: str, **arguments: Any) -> str:
@@ -183,6 +183,8 @@ def test_types_may_be_written_in_lower_case() -> None:
         ("gates.twin=1", 1.0),
         ("quantization.signed=false", False),
         ("transforms=[]", ()),
+        ("transforms=['rotate:seed=0,allow_untie=true']", ("rotate:allow_untie=true",)),
+        ("transforms=['equalize:alpha=0.25, method=range']", ("equalize:alpha=0.25",)),
     ],
 )
 def test_set_reads_toml_or_else_text(text: str, value: Any) -> None:
@@ -205,7 +207,17 @@ def test_set_reads_toml_or_else_text(text: str, value: Any) -> None:
         ("quantization.scales=pizo", ["did you mean piso?"]),
         ("target=ggfu", ["did you mean gguf?"]),
         ("runtime.llamacpp=of", ["did you mean off?"]),
-        ("transforms=['rotate']", ["unknown transform 'rotate'"]),
+        ("transforms=['rotat']", ["unknown transform 'rotat'", "did you mean rotate?"]),
+        ("transforms=['rotate:sed=1']", ["rotate has no option 'sed'", "did you mean seed?"]),
+        ("transforms=['rotate:seed']", ["rotate has no option 'seed'"]),
+        ("transforms=['fold:seed=1']", ["fold has no option 'seed'"]),
+        ("transforms=['rotate:seed=x']", ["rotate:seed is a number, not 'x'"]),
+        ("transforms=['rotate:seed=-1']", ["rotate:seed=-1 is outside 0"]),
+        ("transforms=['equalize:alpha=1.5']", ["outside 0 .. 1"]),
+        ("transforms=['rotate:signs=yes']", ["true or false, not 'yes'"]),
+        ("transforms=['rotate:matrix=hadamrd']", ["did you mean hadamard?"]),
+        ("transforms=['rotate:spaces=values+iner']", ["rotate:spaces knows no 'iner'"]),
+        ("transforms=['rotate:matrix=hadamard+orthogonal']", ["rotate:matrix knows no"]),
         ("seed=-1", ["seed = -1", "greater than or equal to 0", "for example seed = 0"]),
         ("seed=1.5", ["seed = 1.5", "valid integer"]),
         ("seed=true", ["valid integer"]),
@@ -249,6 +261,37 @@ def test_message_names_the_layer_of_a_bad_value(tmp_path: Path) -> None:
 def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, part: str) -> None:
     file = tmp_path / "r.toml"
     file.write_bytes(content)
+    assert part in message(file=file)
+
+
+def test_transforms_may_be_tables(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text(
+        '[[transform]]\nkind = "rotate"\nallow_untie = true\nseed = 4\n'
+        '[[transform]]\nkind = "equalize"\nalpha = 0.75\n[calibration]\nsamples = 3\n'
+    )
+    recipe = load_recipe(file=file).recipe
+    assert recipe.transforms == ("rotate:seed=4,allow_untie=true", "equalize:alpha=0.75")
+    assert recipe.calibration.samples == 3
+    again = tmp_path / "again.toml"
+    again.write_text(to_toml(recipe))
+    assert load_recipe(file=again).recipe == recipe
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ('[[transform]]\nmatrix = "hadamard"\n', "needs a kind"),
+        ("[[transform]]\nkind = 3\n", "needs a kind"),
+        ('transform = "rotate"\n', "either [[transform]] tables or one list"),
+        ('transform = ["rotate"]\n', "cannot be read"),
+        ('transforms = []\n[[transform]]\nkind = "fold"\n', "either"),
+        ('[[transform]]\nkind = "rotate"\nsede = 1\n', "rotate has no option 'sede'"),
+    ],
+)
+def test_tables_that_are_no_transform(tmp_path: Path, content: str, part: str) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text(content)
     assert part in message(file=file)
 
 

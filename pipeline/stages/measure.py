@@ -16,7 +16,7 @@ from pipeline.recipe import Recipe
 from pipeline.stages.load import Source
 from pipeline.stages.quantize import layer_options
 from pipeline.stages.stored import FLOAT_TYPES
-from pipeline.stages.walk import choose_device
+from pipeline.stages.walk import choose_device, store_free
 from pipeline.transforms.changes import ReadTensor
 from pipeline.transforms.model import Measured
 from pipeline.transforms.statistics import InputStatistics
@@ -99,3 +99,17 @@ def judging(recipe: Recipe, source: Source) -> Callable[[str, Tensor, Tensor], f
         return float(((error @ H) * error).sum())
 
     return judge
+
+
+def rounding(source: Source) -> Callable[[str, Tensor], Tensor]:
+    """Each matrix to the nearest values of its type, with scales that are best without data.
+
+    Args:
+        source: Says the type of each matrix.
+    """
+
+    @torch.inference_mode()
+    def rounded(name: str, weight: Tensor) -> Tensor:
+        return store_free(source.plan.types[name], weight.float()).dequantize().double()
+
+    return rounded

@@ -24,7 +24,7 @@ from pipeline.recipe import Recipe
 from pipeline.report import Gate
 from pipeline.stages.limits import limit_gate
 from pipeline.stages.load import Source
-from pipeline.stages.measure import judging, measuring
+from pipeline.stages.measure import judging, measuring, rounding
 from pipeline.transforms import TRANSFORMS, Transform, parse_transform
 from pipeline.transforms.changes import flatten, unflatten
 from pipeline.transforms.model import Model
@@ -149,6 +149,7 @@ def _planned(
         source.exact,
         measure=measuring(recipe, source, windows),
         judge=judging(recipe, source),
+        quantize=rounding(source),
     )
     for one in transforms:
         module, _, function = TRANSFORMS[one.kind].plan.partition(":")

@@ -23,6 +23,7 @@ from pipeline.quantization.objective import HeldOut, LayerObjective
 from pipeline.stages.load import Source
 from pipeline.stages.mismatch_share import Estimate, moment_options, solve_with_estimate
 from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
+from pipeline.transforms.magr import reduce_magnitude
 from runtimes.torch_reference import DecoderBlock, TorchReference
 
 
@@ -40,6 +41,7 @@ class WalkSettings:
         mismatch_estimate: How the share of the mismatch correction is estimated for each linear,
             see `pipeline.stages.mismatch_share`; ``options.mismatch`` multiplies it.
         seed: Seed of sampled shares.
+        magr: Strength of MagR, see `pipeline.transforms.magr`; losses are those of its weights.
     """
 
     options: LayerOptions = field(default_factory=LayerOptions)
@@ -50,6 +52,7 @@ class WalkSettings:
     device: str = "cpu"
     mismatch_estimate: Estimate = "fixed"
     seed: int = 0
+    magr: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,10 @@ class Walk:
         prefix = self._source.checkpoint.architecture.block_prefix(index)
         weights = {f"{prefix}{name}.weight": block.linear(name).weight for name in linears}
         kinds = {name: self._source.plan.types[name] for name in weights}
+        if self._settings.magr:
+            for name in (n for n in weights if kinds[n] not in FLOAT_TYPES):
+                smaller = reduce_magnitude(weights[name], solving.hessian, self._settings.magr)
+                weights[name] = smaller.to(weights[name])
         stored: dict[str, StoredTensor] = {}
         results: list[LayerResult] = []
         for kind in dict.fromkeys(kinds.values()):

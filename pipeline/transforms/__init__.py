@@ -66,13 +66,19 @@ TRANSFORMS: dict[str, Kind] = {
         "pipeline.transforms.rotation:plan_rotation",
         "Residual stream (R1) and values (R2) in rotated bases; folds norms first.",
         {
-            "matrix": Option("hadamard", "Kind of rotation.", ("hadamard", "orthogonal")),
+            "matrix": Option(
+                "hadamard", "Kind of rotation.", ("hadamard", "orthogonal", "learned")
+            ),
             "spaces": Option("residual+values", "What is rotated.", ("residual", "values")),
             "signs": Option(True, "Random signs before a Hadamard rotation."),
             "block": Option(0, "Channels of the residual stream rotated together; 0: all."),
             "seed": _SEED,
             "allow_untie": Option(False, "Store a tied head a second time, which R1 needs."),
+            "steps": Option(100, "Steps of learning.", least=1),
+            "rate": Option(0.2, "Length of the first step of learning.", least=1e-6, most=100.0),
+            "blocks": Option(4, "Decoder blocks that it learns from, evenly spread.", least=1),
         },
+        measures={"matrix": ("learned",)},
     ),
     "permute": Kind(
         "pipeline.transforms.permuting:plan_permutation",

@@ -22,6 +22,10 @@ def _cannot_measure(read: ReadTensor, hessian: bool) -> Measured:
     raise ValueError("no calibration inputs are at hand")
 
 
+def _cannot_quantize(name: str, weight: Tensor) -> Tensor:
+    raise ValueError("no quantizer is at hand")
+
+
 def _cannot_judge(name: str, weight: Tensor, hessian: Tensor) -> float:
     raise ValueError("no quantizer is at hand")
 
@@ -39,6 +43,7 @@ class Model:
         measure: Runs calibration text through the model that it is given, see `measured`.
         judge: Quantizes a matrix of that name as the recipe will, [out, in] under the Hessian of
             its inputs, and gives the squared error of its outputs.
+        quantize: Quantizes a matrix of that name to nearest, without data, float64 [out, in].
     """
 
     spaces: tuple[Space, ...]
@@ -48,6 +53,7 @@ class Model:
     bounds: list[dict[str, Any]] = field(default_factory=list)
     measure: Callable[[ReadTensor, bool], Measured] = _cannot_measure
     judge: Callable[[str, Tensor, Tensor], float] = _cannot_judge
+    quantize: Callable[[str, Tensor], Tensor] = _cannot_quantize
 
     def read(self, name: str) -> Tensor:
         """A tensor after the changes so far, float64."""

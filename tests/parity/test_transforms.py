@@ -1,4 +1,4 @@
-"""The whole ladder behind transforms, and outliers that they undo: trained weights, every family."""
+"""The whole ladder behind transforms, and outliers that they undo, on trained weights."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """MagR: smaller largest weights for nearly the same outputs, before codes are chosen.
 
 Zhang et al., arXiv 2406.00800, minimize ``1/2 |X (v - w)|^2 + a |v|_inf`` for every row w by
-proximal gradient descent. This changes the function a little: it is part of quantizing, not a rewrite that
-keeps the function.
+proximal gradient descent. This changes the function a little: it is part of quantizing, and not a
+rewrite that keeps the function.
 """
 
 from __future__ import annotations

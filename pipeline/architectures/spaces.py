@@ -179,5 +179,17 @@ def _of_block(index: int, size: Dimensions, own: Mapping[str, str]) -> list[Spac
     ]
 
 
+def online_spaces(architecture: Architecture, config: Mapping[str, Any]) -> tuple[Space, ...]:
+    """Inputs of down_proj, which only a rotation at run time can rotate: one side is merged."""
+    width = architecture.dimensions(config).intermediate
+    layers = range(architecture.dimensions(config).layers)
+    names = [f"{architecture.block_prefix(n)}mlp.down_proj.weight" for n in layers]
+    rotation = frozenset({"rotation"})
+    return tuple(
+        Space("online", n, width, rotation, {name: Role.READS}, width)
+        for n, name in enumerate(names)
+    )
+
+
 COLUMNS = (Role.EMBEDS, Role.READS, Role.READS_SHARED, Role.READS_HEADS)
 """Roles of matrices only: a bias has no columns."""

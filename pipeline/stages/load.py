@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from pipeline.report import Gate
 from pipeline.stages.plan import TypePlan, plan_types
 from pipeline.stages.untie import prepare_for_transforms
 from pipeline.transforms.changes import Change, changed
+from pipeline.transforms.operators import Rotation
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -104,6 +106,18 @@ class Source:
     def read(self, name: str) -> torch.Tensor:
         """A float weight after all transforms, float32; a tied head reads the embedding."""
         return self.exact(name).float() if self.changes else self.original(name)
+
+    @property
+    def online(self) -> Rotation | None:
+        """What the graph does to the input of every down_proj at run time, if anything."""
+        rotations = (c.operator for c in self.changes if c.space.kind == "online")
+        return next((r for r in rotations if isinstance(r, Rotation)), None)
+
+    @property
+    def inner(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """The same as a function, for `runtimes.torch_reference.TorchReference`."""
+        rotation = self.online
+        return None if rotation is None else lambda x: rotation.like(x).forward(x)
 
     def exact(self, name: str) -> torch.Tensor:
         """The same in float64: transforms are computed in it, one tensor at a time."""

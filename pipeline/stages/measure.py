@@ -38,7 +38,11 @@ def measuring(
     @torch.inference_mode()
     def measure(read: ReadTensor, hessian: bool) -> Measured:
         model = TorchReference(
-            source.config, lambda name: read(name).float(), head=source.head, device=device
+            source.config,
+            lambda name: read(name).float(),
+            head=source.head,
+            device=device,
+            inner=source.inner,
         )
         embedded = model.embed(windows.to(device)).split(recipe.calibration.batch)
         stream = Stream(list(embedded))

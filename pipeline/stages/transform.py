@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.architectures.spaces import Space, spaces_of
+from pipeline.architectures.spaces import Space, online_spaces, spaces_of
 from pipeline.errors import InputError, UsageError, VerificationError
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
@@ -126,7 +126,8 @@ def transform(
 
 
 def _spaces(source: Source) -> tuple[Space, ...]:
-    return spaces_of(source.checkpoint.architecture, source.checkpoint.config)
+    model = (source.checkpoint.architecture, source.checkpoint.config)
+    return (*spaces_of(*model), *online_spaces(*model))
 
 
 def _kept(transforms: list[Transform], source: Source, parts: Parts) -> Model | None:
@@ -213,15 +214,14 @@ def exactness(source: Source, seed: int) -> tuple[Gate, ...]:
         (ExactReference, source.exact, EXACT),
         (TorchReference, source.read, ROUNDED),
     ):
-        old = torch.stack(list(_logits(kind, source, source.original, tokens)))
-        new = torch.stack(list(_logits(kind, source, after, tokens)))
+        old, new = (
+            torch.stack(list(model.logits(tokens)))
+            for model in (
+                kind(source.config, source.original, head=source.head),
+                kind(source.config, after, head=source.head, inner=source.inner),
+            )
+        )
         figure = float((new - old).norm() / old.norm())
         runtime = "PyTorch, float64" if kind is ExactReference else "PyTorch, float32"
         gates.append(limit_gate("transform", CLAIM, runtime, "relative rms", figure, limit))
     return tuple(gates)
-
-
-def _logits(
-    kind: type[TorchReference], source: Source, read: Callable[[str], Tensor], tokens: Tensor
-) -> Any:
-    return kind(source.config, read, head=source.head).logits(tokens)

@@ -45,9 +45,9 @@ def prepare_for_transforms(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint
 def _refuse_online(transforms: list[Transform], recipe: Recipe) -> None:
     for transform in transforms:
         reason = TRANSFORMS[transform.kind].online
-        if reason and recipe.target == "gguf":
+        if reason and "gguf" in recipe.target:
             raise UnsupportedError(
-                f"{transform} cannot be exported to {recipe.target}",
+                f"{transform} cannot be exported to GGUF",
                 why=reason,
                 fix="rotate and permute are merged into the weights and run anywhere",
             )

@@ -92,7 +92,11 @@ class Walk:
             settings.mismatch_estimate, settings.held_out, len(windows), settings.seed
         )
         self._float = TorchReference(
-            source.config, source.read, head=source.head, device=self._device
+            source.config,
+            source.read,
+            head=source.head,
+            device=self._device,
+            inner=source.inner,
         )
         windows = windows.to(self._device)
         embedded = nn.functional.embedding(windows, embedding.to(self._device))

@@ -115,7 +115,7 @@ TRANSFORMS: dict[str, Kind] = {
         measures={"method": ("smoothquant", "awq")},
     ),
     "online": Kind(
-        "",
+        "pipeline.transforms.online:plan_online",
         "Hadamard rotation of each block of inputs of down_proj at run time (R4).",
         {"block": Option(32, "Channels that are rotated together.", least=1), "seed": _SEED},
         online="a block Hadamard rotation in front of down_proj is an operation of the graph, and "

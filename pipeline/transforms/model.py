@@ -68,7 +68,14 @@ class Model:
         return self.measure(self.read, hessian)
 
     def change(self, space: Space, operator: Operator) -> None:
-        """Make one more change."""
+        """Make one more change.
+
+        Raises:
+            ValueError: It would change what is rotated at run time.
+        """
+        rotated = any(change.space.kind == "online" for change in self.changes)
+        if rotated and space.kind in ("inner", "online"):
+            raise ValueError("the inputs of down_proj are rotated at run time: put online last")
         self.changes.append(Change(space, operator))
 
     def of_kinds(self, kinds: Sequence[str]) -> Iterator[Space]:

@@ -175,6 +175,10 @@ class Rotation:
 
     dual = forward
 
+    def like(self, x: Tensor) -> Rotation:
+        """The same in the precision of a tensor, where that is."""
+        return Rotation(self.signs.to(x), self.blocks, tuple(f.to(x) for f in self.factors))
+
     def keeps(self, unit: int) -> bool:
         """Whether blocks lie inside runs of `unit` channels."""
         return unit % (self.width // self.blocks) == 0

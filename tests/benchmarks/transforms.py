@@ -92,7 +92,14 @@ def perplexity(
         return source.read(name) if found is None else found
 
     place = choose_device(device)
-    model = TorchReference(source.config, read, head=source.head, device=place, linears=linears)
+    model = TorchReference(
+        source.config,
+        read,
+        head=source.head,
+        device=place,
+        linears=linears,
+        inner=source.inner,
+    )
     tokens = next(iter(texts.evaluation.values())).to(place)
     first = tokens.shape[1] // 2
     total = count = 0.0

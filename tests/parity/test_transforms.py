@@ -97,7 +97,7 @@ def test_nine_tenths_of_what_outliers_cost_are_won_back(
     family: str, kind: str, tmp_path: Path
 ) -> None:
     plain = trained_checkpoint(family)
-    spoilt = inject(plain, tmp_path / "spoilt", channels=8)
+    spoilt = inject(plain, tmp_path / "spoilt", channels=24)
     full, before = quantized(plain, kind)
     same, damaged = quantized(spoilt, kind)
     assert same == pytest.approx(full, rel=1e-6)  # the outliers are function-preserving

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,20 @@ from exporters.gguf.reader import open_gguf
 from pipeline import run
 from pipeline.architectures.base import EMBEDDING, FINAL_NORM, HEAD
 from pipeline.checkpoint import Checkpoint
-from pipeline.errors import PipelineError, UnsupportedError, UsageError, VerificationError
+from pipeline.errors import (
+    InputError,
+    PipelineError,
+    UnsupportedError,
+    UsageError,
+    VerificationError,
+)
 from pipeline.progress import open_progress
 from pipeline.recipe_files import load_recipe
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.load import Source, open_source
-from pipeline.stages.transform import transform
+from pipeline.stages import transform as stage
+from pipeline.stages.transform import Delivered, exactness, transform
+from pipeline.transforms import TRANSFORMS
 from pipeline.transforms.changes import Change
 from pipeline.transforms.operators import Fold
 from tests.deploying import deploy, digest_of_model
@@ -149,7 +158,7 @@ def test_dry_run_shows_the_untied_head(tied: Path) -> None:
 @pytest.mark.parametrize(
     ("transforms", "options", "error", "parts"),
     [
-        (("online",), {}, UnsupportedError, ["online cannot be exported to gguf", "llama.cpp's"]),
+        (("online",), {}, UnsupportedError, ["online cannot be exported to GGUF", "llama.cpp's"]),
         (("rotate:block=7",), {}, UsageError, ["blocks of 7 do not divide 64", "rotate:block=7"]),
         (("fold",), {"imatrix": "x.gguf"}, UsageError, ["--imatrix cannot be combined"]),
         (("fold",), {"emit": ("imatrix",)}, UsageError, ["--emit imatrix cannot be combined"]),
@@ -166,6 +175,35 @@ def test_what_cannot_be_had_is_refused(
         rewritten(untied, *transforms, **options)
     assert all(part in str(caught.value) for part in parts), caught.value
     assert caught.value.fix
+
+
+def test_rotations_at_run_time_where_the_target_has_them(
+    untied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ONNX has: the reference rotates too, and nothing may change the rotated inputs again."""
+    kind = replace(TRANSFORMS["online"], online="")
+    monkeypatch.setitem(TRANSFORMS, "online", kind)
+    source = rewritten(untied, "permute", "equalize", "online:block=16,seed=2", "rotate")
+    assert [gate.status for gate in source.exactness] == ["green", "green"]
+    assert source.online is not None
+    assert source.online.keeps(16)
+    assert not source.online.keeps(8)
+    down = "model.layers.1.mlp.down_proj.weight"
+    without = replace(source, changes=tuple(c for c in source.changes if c.space.kind != "online"))
+    assert without.online is None
+    rotated = source.online.forward(without.exact(down))
+    torch.testing.assert_close(source.exact(down), rotated)
+    broken = replace(source, checkpoint=source.checkpoint)
+    monkeypatch.setattr(Source, "inner", None)
+    assert [gate.status for gate in exactness(broken, 0)] == ["red", "red"]
+    for wrong, part in (
+        (("online:block=16", "permute"), "put online last"),
+        (("online:block=16", "online:block=16"), "put online last"),
+        (("online:block=24",), "do not divide 128"),
+        (("online:block=7",), "no Hadamard matrix of order 7"),
+    ):
+        with pytest.raises(UsageError, match=part):
+            rewritten(untied, *wrong)
 
 
 def test_a_packed_checkpoint_is_refused(untied: Path, tmp_path: Path) -> None:
@@ -272,3 +310,78 @@ def test_the_checkpoint_is_not_touched(delivered: Path, tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     rewritten(folder, *CHAIN)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+MEASURED = ("permute:by=massdiff,spaces=inner,block=16", "equalize:method=smoothquant")
+
+
+def measuring_nothing(*_: Any) -> Any:
+    raise AssertionError("measured again")
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("measured") / "out"
+    report = deploy(trained_checkpoint("qwen3"), output, {**QUICK, "transforms": MEASURED})
+    assert report.exit_code == 0
+    return output
+
+
+def test_measured_changes_lie_beside_the_file(
+    measured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.loads((measured / "manifest.json").read_text())
+    assert "transforms.safetensors" in manifest["files"]
+    bounds = manifest["block_rotation_bounds"]
+    assert [b["space"] for b in bounds] == ["block 0 inner", "block 1 inner"]
+    for bound in bounds:
+        assert bound["least bound"] <= bound["bound after"] < bound["bound before"]
+        assert bound["bound after"] == pytest.approx(bound["largest mass after"] / 4)
+    assert "can reach" in (measured / "README.md").read_text()
+    monkeypatch.setattr(stage, "measuring", measuring_nothing)
+    with open_progress("quiet") as progress:
+        report = run.verify(measured, progress=progress)
+    assert report.exit_code == 0
+    assert [g.figure for g in report.gates] == [g["figure"] for g in manifest["report"]["gates"]]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no safetensors at all"])
+def test_delivered_changes_that_cannot_be_read(content: bytes | None, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "transforms.safetensors").write_bytes(content)
+    with pytest.raises(InputError, match=re.escape("transforms.safetensors")) as caught:
+        Delivered(tmp_path).load("transforms")
+    assert caught.value.fix
+
+
+def test_a_resumed_run_does_not_measure_again(
+    measured: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = RunDirectory.store
+
+    def dying(self: RunDirectory, name: str, *args: Any) -> None:
+        store(self, name, *args)
+        if name == "transforms":
+            raise OSError("power cut")
+
+    options = {**QUICK, "transforms": MEASURED}
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "store", dying)
+        with pytest.raises(OSError, match="power cut"):
+            deploy(trained_checkpoint("qwen3"), tmp_path / "out", options)
+    monkeypatch.setattr(stage, "measuring", measuring_nothing)
+    deploy(trained_checkpoint("qwen3"), tmp_path / "out", options)
+    assert digest_of_model(tmp_path / "out") == digest_of_model(measured)
+
+
+def test_a_learned_rotation_is_exact_and_says_what_it_won(tmp_path: Path) -> None:
+    source = rewritten(
+        trained_checkpoint("llama"),
+        "rotate:matrix=learned,allow_untie=true,steps=12",
+        type="Q4_0",
+    )
+    assert [gate.status for gate in source.exactness] == ["green", "green"]
+    (note,) = (text for text in source.notes if text.startswith("learned rotation"))
+    found = re.search(r"error (\S+) of the Hadamard one, (\S+) after", note)
+    assert found is not None
+    assert float(found[2]) <= float(found[1])

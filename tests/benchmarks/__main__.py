@@ -84,6 +84,9 @@ def _add_transforms(commands: Any) -> None:
     rewritten.add_argument("--outliers", nargs="+", default=["without", "with"])
     rewritten.add_argument("--out", type=Path, default=Path("transforms.json"))
     rewritten.add_argument(
+        "--blocks", nargs="+", type=int, default=list(block_rotations.BLOCKS), help="0: all"
+    )
+    rewritten.add_argument(
         "--activations", action="store_true", help="4-bit activations and block rotations instead"
     )
 
@@ -97,7 +100,7 @@ def _measure_transforms(wanted: argparse.Namespace) -> None:
         "outliers": wanted.outliers,
     }
     if wanted.activations:
-        block_rotations.measure(*place, **shared)
+        block_rotations.measure(*place, **shared, blocks=wanted.blocks)
         return
     transforms.measure(*place, **shared, preset=wanted.preset, types=wanted.types, rows=wanted.rows)
 

@@ -84,6 +84,7 @@ def measure(
     chunks: int,
     device: str,
     outliers: Sequence[str],
+    blocks: Sequence[int] = BLOCKS,
 ) -> None:
     """Fill the table; figures that `out` already holds are kept, so that a run can be continued."""
     done = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
@@ -96,7 +97,8 @@ def measure(
             (which, order, block)
             for which in outliers
             for order in ORDERS
-            for block in ((*BLOCKS, None) if order == "none" else BLOCKS[:-1])
+            for block in ((*blocks, None) if order == "none" else blocks)
+            if block != 0 or order == "none"  # in one block, order is nothing
         ]
         for which, order, block in cells:
             key = f"{which} | {order} | {block}"

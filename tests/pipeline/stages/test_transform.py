@@ -26,8 +26,8 @@ from pipeline.errors import (
 from pipeline.progress import open_progress
 from pipeline.recipe_files import load_recipe
 from pipeline.run_directory import RunDirectory
-from pipeline.stages.load import Source, open_source
 from pipeline.stages import transform as stage
+from pipeline.stages.load import Source, open_source
 from pipeline.stages.transform import Delivered, exactness, transform
 from pipeline.transforms import TRANSFORMS
 from pipeline.transforms.changes import Change

@@ -20,7 +20,7 @@ from pipeline.recipe import Recipe
 from pipeline.report import Gate
 from pipeline.stages.plan import TypePlan, plan_types
 from pipeline.stages.untie import prepare_for_transforms
-from pipeline.transforms.changes import Change, changed
+from pipeline.transforms.changes import Change, changed, run_time_rotation
 from pipeline.transforms.operators import Rotation
 
 if TYPE_CHECKING:
@@ -110,14 +110,13 @@ class Source:
     @property
     def online(self) -> Rotation | None:
         """What the graph does to the input of every down_proj at run time, if anything."""
-        rotations = (c.operator for c in self.changes if c.space.kind == "online")
-        return next((r for r in rotations if isinstance(r, Rotation)), None)
+        return run_time_rotation(self.changes)
 
     @property
     def inner(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
         """The same as a function, for `runtimes.torch_reference.TorchReference`."""
         rotation = self.online
-        return None if rotation is None else lambda x: rotation.like(x).forward(x)
+        return None if rotation is None else rotation.apply
 
     def exact(self, name: str) -> torch.Tensor:
         """The same in float64: transforms are computed in it, one tensor at a time."""

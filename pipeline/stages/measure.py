@@ -18,14 +18,12 @@ from pipeline.stages.quantize import layer_options
 from pipeline.stages.stored import FLOAT_TYPES
 from pipeline.stages.walk import choose_device, store_free
 from pipeline.transforms.changes import ReadTensor
-from pipeline.transforms.model import Measured
+from pipeline.transforms.model import Inner, Measure, Measured
 from pipeline.transforms.statistics import InputStatistics
 from runtimes.torch_reference import DecoderBlock, TorchReference
 
 
-def measuring(
-    recipe: Recipe, source: Source, windows: Tensor
-) -> Callable[[ReadTensor, bool], Measured]:
+def measuring(recipe: Recipe, source: Source, windows: Tensor) -> Measure:
     """A pass over the calibration text: one block at a time, the residual stream of all windows.
 
     Args:
@@ -36,13 +34,13 @@ def measuring(
     device = choose_device(recipe.device)
 
     @torch.inference_mode()
-    def measure(read: ReadTensor, hessian: bool) -> Measured:
+    def measure(read: ReadTensor, inner: Inner, hessian: bool) -> Measured:
         model = TorchReference(
             source.config,
             lambda name: read(name).float(),
             head=source.head,
             device=device,
-            inner=source.inner,
+            inner=inner,
         )
         embedded = model.embed(windows.to(device)).split(recipe.calibration.batch)
         stream = Stream(list(embedded))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.architectures.spaces import Role, Space
-from pipeline.transforms.operators import Operator, Permutation, restore
+from pipeline.transforms.operators import Operator, Permutation, Rotation, restore
 
 ReadTensor = Callable[[str], Tensor]
 """A tensor by its Hugging Face name."""
@@ -122,6 +122,12 @@ def changed(read: ReadTensor, changes: Sequence[Change]) -> ReadTensor:
         return value
 
     return reading
+
+
+def run_time_rotation(changes: Iterable[Change]) -> Rotation | None:
+    """What the graph does to the inputs of every down_proj, if anything."""
+    rotations = (change.operator for change in changes if change.space.kind == "online")
+    return next((one for one in rotations if isinstance(one, Rotation)), None)
 
 
 def flatten(changes: Iterable[Change]) -> tuple[dict[str, Tensor], list[dict[str, str]]]:

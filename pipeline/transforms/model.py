@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.architectures.spaces import Role, Space
-from pipeline.transforms.changes import Change, ReadTensor, changed
+from pipeline.transforms.changes import Change, ReadTensor, changed, run_time_rotation
 from pipeline.transforms.operators import Operator
 from pipeline.transforms.statistics import InputStatistics
 
@@ -18,7 +18,14 @@ Measured = Iterator[tuple[int | None, dict[str, InputStatistics]]]
 """Block by block the statistics of each site's inputs; last, under None, those of the head."""
 
 
-def _cannot_measure(read: ReadTensor, hessian: bool) -> Measured:
+Inner = Callable[[Tensor], Tensor] | None
+"""What the graph does to the inputs of down_proj at run time."""
+
+Measure = Callable[[ReadTensor, Inner, bool], Measured]
+"""Runs a model of these weights; whether Hessians are wanted."""
+
+
+def _cannot_measure(read: ReadTensor, inner: Inner, hessian: bool) -> Measured:
     raise ValueError("no calibration inputs are at hand")
 
 
@@ -51,7 +58,7 @@ class Model:
     changes: list[Change] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     bounds: list[dict[str, Any]] = field(default_factory=list)
-    measure: Callable[[ReadTensor, bool], Measured] = _cannot_measure
+    measure: Measure = _cannot_measure
     judge: Callable[[str, Tensor, Tensor], float] = _cannot_judge
     quantize: Callable[[str, Tensor], Tensor] = _cannot_quantize
 
@@ -65,7 +72,8 @@ class Model:
         Args:
             hessian: Whether ``sum x x'`` is wanted too.
         """
-        return self.measure(self.read, hessian)
+        rotation = run_time_rotation(self.changes)
+        return self.measure(self.read, rotation and rotation.apply, hessian)
 
     def change(self, space: Space, operator: Operator) -> None:
         """Make one more change.
@@ -73,8 +81,8 @@ class Model:
         Raises:
             ValueError: It would change what is rotated at run time.
         """
-        rotated = any(change.space.kind == "online" for change in self.changes)
-        if rotated and space.kind in ("inner", "online"):
+        rotated = {one.space.block for one in self.changes if one.space.kind == "online"}
+        if space.block in rotated and space.kind in ("inner", "online"):
             raise ValueError("the inputs of down_proj are rotated at run time: put online last")
         self.changes.append(Change(space, operator))
 

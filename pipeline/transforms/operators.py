@@ -179,6 +179,10 @@ class Rotation:
         """The same in the precision of a tensor, where that is."""
         return Rotation(self.signs.to(x), self.blocks, tuple(f.to(x) for f in self.factors))
 
+    def apply(self, x: Tensor) -> Tensor:
+        """`forward` in the precision of x and where x is."""
+        return self.like(x).forward(x)
+
     def keeps(self, unit: int) -> bool:
         """Whether blocks lie inside runs of `unit` channels."""
         return unit % (self.width // self.blocks) == 0

@@ -73,7 +73,7 @@ class Model:
             hessian: Whether ``sum x x'`` is wanted too.
         """
         rotation = run_time_rotation(self.changes)
-        return self.measure(self.read, rotation and rotation.apply, hessian)
+        return self.measure(self.read, rotation.apply if rotation else None, hessian)
 
     def change(self, space: Space, operator: Operator) -> None:
         """Make one more change.

@@ -348,7 +348,7 @@ def _report(
     progress: Progress,
 ) -> Report:
     size = path.stat().st_size
-    notes = (*source.checkpoint.notes, *source.vocabulary.notes, *source.notes)
+    notes = (*source.checkpoint.notes, *source.vocabulary.notes, *source.rewrite_notes)
     return Report(
         gates=(*source.exactness, *ladder.gates),
         qualities=ladder.qualities,

@@ -47,7 +47,7 @@ class Source:
             holds most weights if that was replaced.
         changes: What transforms did to the checkpoint's weights; `read` has them applied.
         exactness: Gates on those changes.
-        notes: What transforms left out of what was asked.
+        rewrite_notes: What transforms left out of what was asked, and what they found.
         bounds: How far outliers can reach after block rotations, before and after permutations.
     """
 
@@ -60,7 +60,7 @@ class Source:
     file_type: str
     changes: tuple[Change, ...] = ()
     exactness: tuple[Gate, ...] = ()
-    notes: tuple[str, ...] = ()
+    rewrite_notes: tuple[str, ...] = ()
     bounds: tuple[dict[str, Any], ...] = ()
 
     @property

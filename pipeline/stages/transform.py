@@ -108,7 +108,9 @@ def transform(
         return source
     model = _kept(transforms, source, parts) or _planned(transforms, recipe, source, windows, parts)
     notes = tuple(dict.fromkeys([*model.notes, *_bound_notes(model)]))
-    source = replace(source, changes=tuple(model.changes), notes=notes, bounds=tuple(model.bounds))
+    source = replace(
+        source, changes=tuple(model.changes), rewrite_notes=notes, bounds=tuple(model.bounds)
+    )
     for note in notes:
         progress.note(note)
     gates = exactness(source, recipe.seed)
@@ -193,7 +195,7 @@ def keep_changes(folder: Path, recipe: Recipe, source: Source) -> None:
 
     tensors, described = flatten(source.changes)
     meta = json.dumps(
-        {"changes": described, "notes": list(source.notes), "bounds": list(source.bounds)}
+        {"changes": described, "notes": list(source.rewrite_notes), "bounds": list(source.bounds)}
     )
     save_file(tensors, folder / FILE, metadata={"changes": meta})
 

@@ -116,7 +116,7 @@ def test_a_rotation_leaves_no_gain_and_moves_every_weight(untied: Path) -> None:
 
 def test_folding_is_all_there_is_to_a_tied_norm(tied: Path) -> None:
     source = rewritten(tied, "fold")
-    assert source.notes == ("the final norm keeps its gain: the head is the embedding",)
+    assert source.rewrite_notes == ("the final norm keeps its gain: the head is the embedding",)
     assert torch.equal(source.read(FINAL_NORM), source.original(FINAL_NORM))
     folded = [c.space.name for c in source.changes if isinstance(c.operator, Fold)]
     assert folded == [f"block {i} {n}_norm" for i in (0, 1) for n in ("attention", "ffn")]
@@ -381,7 +381,7 @@ def test_a_learned_rotation_is_exact_and_says_what_it_won(tmp_path: Path) -> Non
         type="Q4_0",
     )
     assert [gate.status for gate in source.exactness] == ["green", "green"]
-    (note,) = (text for text in source.notes if text.startswith("learned rotation"))
+    (note,) = (text for text in source.rewrite_notes if text.startswith("learned rotation"))
     found = re.search(r"error (\S+) of the Hadamard one, (\S+) after", note)
     assert found is not None
     assert float(found[2]) <= float(found[1])

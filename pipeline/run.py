@@ -98,9 +98,6 @@ def deploy(
         report = None if fresh or overwrite else _delivered(output, identity, resolved.recipe)
         if report is None:
             check_output(output, overwrite=overwrite)
-            _stage(progress, "transform")
-            source = transform(resolved.recipe, source, texts.calibration, run, progress)
-            _stage(progress, "quantize")
             model = _matrices(resolved.recipe, source, texts, importance, run, progress)
             try:
                 with publish(output, overwrite=overwrite) as staging:
@@ -171,7 +168,10 @@ def _matrices(
     run: RunDirectory,
     progress: Progress,
 ) -> QuantizedModel:
-    """Quantized here, or taken over from a checkpoint that is 4-bit already."""
+    """Rewritten and quantized here, or taken over from a checkpoint that is 4-bit already."""
+    _stage(progress, "transform")
+    source = transform(recipe, source, texts.calibration, run, progress)
+    _stage(progress, "quantize")
     if source.checkpoint.packed:
         return repack(source, run, progress)
     if importance:

@@ -25,6 +25,7 @@ from pipeline.quantization.layer import quantize_free
 from pipeline.stages.calibrate import prepare_texts
 from pipeline.stages.load import Source
 from pipeline.stages.transform import transform
+from pipeline.stages.walk import choose_device
 from pipeline.transforms.operators import Rotation, hadamard_rotation
 from tests.benchmarks.transforms import Nowhere, opened, perplexity
 from tests.outliers import inject
@@ -69,7 +70,8 @@ def fake_quantized(source: Source, block: int | None, device: str, texts: object
             width = weight.shape[1]
             rotation = hadamard_rotation(width, block or width, generator)
             weight = rotation.dual(weight)
-        weights[name] = quantize_free(weight.float(), get_format(WEIGHTS), "piso").dequantize()
+        weight = weight.float().to(choose_device(device))
+        weights[name] = quantize_free(weight, get_format(WEIGHTS), "piso").dequantize()
         linears[name] = lambda linear, rotation=rotation: FakeQuantized(linear, rotation)
     return perplexity(source, weights, texts, device, linears)  # type: ignore[arg-type]
 

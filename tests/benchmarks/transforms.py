@@ -41,12 +41,13 @@ ROWS: dict[str, tuple[str, ...]] = {
     "permute mass": ("permute:by=mass,spaces=inner+values+residual",),
     "equalize range": ("equalize",),
     "equalize SmoothQuant": ("equalize:method=smoothquant",),
-    "equalize AWQ": ("equalize:method=awq",),
+    "equalize AWQ": ("equalize:method=awq,points=10",),
     "R2": ("rotate:spaces=values",),
     "R1 R2": ("rotate:allow_untie=true",),
     "R1 R2 orthogonal": ("rotate:matrix=orthogonal,allow_untie=true",),
     "equalize, R1 R2": ("equalize", "rotate:allow_untie=true"),
-    "equalize AWQ, permute": ("equalize:method=awq", "permute"),
+    "equalize AWQ, permute": ("equalize:method=awq,points=10", "permute"),
+    "R1 R2 learned": ("rotate:matrix=learned,allow_untie=true",),
 }
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q2_0", "INT2_G32", "INT4_G32")
 

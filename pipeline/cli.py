@@ -192,12 +192,14 @@ def compare(
 def ls(
     kind: Annotated[
         str,
-        typer.Argument(metavar="KIND", help="types, presets, architectures or runtimes."),
+        typer.Argument(
+            metavar="KIND", help="types, presets, architectures, runtimes or transforms."
+        ),
     ],
     *,
     debug: Debug = False,
 ) -> None:
-    """List what is known: types, presets, architectures, runtimes."""
+    """List what is known: types, presets, architectures, runtimes, transforms."""
     with session("quiet", debug=debug):
         from pipeline.listings import LISTINGS
         from pipeline.tables import print_listing

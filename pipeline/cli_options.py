@@ -100,6 +100,10 @@ Emit = Annotated[
     list[str] | None,
     _option("--emit", "WHAT", "Also write imatrix or kld-base; repeatable.", _TYPES),
 ]
+Transforms = Annotated[
+    list[str] | None,
+    _option("--transform", "KIND:...", "Function-preserving rewrite; repeatable.", _TYPES),
+]
 Calibration = Annotated[str | None, _option("--calibration", "TEXT", _TEXT_HELP, _TEXT)]
 Evaluation = Annotated[str | None, _option("--evaluation", "TEXT", _TEXT_HELP, _TEXT)]
 Samples = Annotated[int | None, _option("--samples", "N", "Windows to calibrate on.", _TEXT)]
@@ -183,6 +187,7 @@ def recipe_options(
     allow_fallback: AllowFallback = False,
     emit: Emit = None,
     imatrix: Imatrix = None,
+    transforms: Transforms = None,
     calibration: Calibration = None,
     evaluation: Evaluation = None,
     samples: Samples = None,
@@ -205,6 +210,7 @@ def recipe_options(
         "allow_fallback": allow_fallback or None,
         "emit": tuple(emit) if emit else None,
         "imatrix": imatrix,
+        "transforms": tuple(transforms) if transforms else None,
         "seed": seed,
         "calibration.source": calibration,
         "calibration.samples": samples,

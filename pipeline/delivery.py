@@ -22,11 +22,12 @@ from pipeline.stages.load import Source
 from pipeline.stages.model_files import ModelFile, climb_all, describe, write_models
 from pipeline.stages.quantize import QuantizedModel
 from pipeline.stages.report import check_files, deliver
+from pipeline.stages.transform import keep_changes
 from pipeline.stages.verify import Ladder
 from pipeline.storage import OUTPUT_MARKER, check_free_space, check_output, publish
 from pipeline.versions import versions
 
-STAGES = ("load", "transform", "calibrate", "allocate", "quantize", "export", "verify", "report")
+STAGES = ("load", "calibrate", "transform", "allocate", "quantize", "export", "verify", "report")
 BYTES_PER_PARAMETER = 6
 """Disk while a run lasts: codes and scales, the model file, and the float twin."""
 
@@ -172,6 +173,7 @@ def _finish(
         check_size(files[0].size_bytes, allocation)
         record |= {"allocation": allocation.record()}
     emit(staging, model, recipe, texts)
+    keep_changes(staging, recipe, source)
     enter(progress, "verify")
     ladder = climb_all(files, recipe, source, texts, staging, progress)
     counts = {**model.counts(), **texts.counts}
@@ -190,6 +192,7 @@ def _finish(
         "verified_in": sorted({g.runtime for g in report.gates if _deployed(g)}),
         **describe(files),
         "sites": model.sites,
+        **({"block_rotation_bounds": list(source.bounds)} if source.bounds else {}),
     }
     return deliver(staging, report, resolved, record)
 
@@ -216,9 +219,9 @@ def report_of(
     """
     size = files[0].size_bytes
     others = (f"{f.path.name} takes {figures.size(f.size_bytes)} in all" for f in files[1:])
-    notes = (*source.notes, *others)
+    notes = (*source.notes, *source.rewrite_notes, *others)
     return Report(
-        gates=ladder.gates,
+        gates=(*source.exactness, *ladder.gates),
         qualities=ladder.qualities,
         bits_per_weight=8 * size / source.checkpoint.num_parameters,
         size_bytes=size,

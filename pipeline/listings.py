@@ -60,10 +60,22 @@ def runtimes() -> dict[str, str]:
     }
 
 
+def transforms() -> dict[str, str]:
+    """Transforms and their options, each with its default."""
+    from pipeline.transforms import TRANSFORMS, default_text
+
+    listed = {}
+    for name, kind in TRANSFORMS.items():
+        options = ", ".join(f"{k}={default_text(option)}" for k, option in kind.options.items())
+        listed[name] = f"{kind.meaning} {options}".strip()
+    return listed
+
+
 LISTINGS: dict[str, Callable[[], dict[str, str]]] = {
     "types": types,
     "presets": presets,
     "architectures": architectures,
     "runtimes": runtimes,
+    "transforms": transforms,
 }
 """Every kind that ``ls`` knows."""

@@ -27,7 +27,7 @@ from pipeline.recipe_quantization import Frozen, Quantization
 from pipeline.sizes import parse_size, size_label
 from pipeline.suggest import did_you_mean
 from pipeline.targets import check_held, is_integer_type, parse_targets
-from pipeline.transforms import TRANSFORMS
+from pipeline.transforms import parse_transform
 
 WEIGHT_TYPES = (
     *("Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
@@ -61,10 +61,8 @@ def _one_of(known: tuple[str, ...]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _known_transform(name: str) -> str:
-    if name not in TRANSFORMS:
-        raise ValueError(f"unknown transform {name!r}; {did_you_mean(name, TRANSFORMS)}")
-    return name
+def _transform(text: str) -> str:
+    return str(parse_transform(text))
 
 
 def split_tensor_type(text: str) -> tuple[str, str]:
@@ -96,7 +94,7 @@ Size = Annotated[
 ]
 TableType = Annotated[str, _one_of(TABLE_TYPES)]
 Target = Annotated[str, AfterValidator(parse_targets)]
-Transform = Annotated[str, AfterValidator(_known_transform)]
+Transform = Annotated[str, AfterValidator(_transform)]
 Name = Annotated[str, Field(min_length=1)]
 
 
@@ -272,7 +270,9 @@ class Recipe(Frozen):
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of every random choice.")
     transforms: tuple[Transform, ...] = Field(
-        default=(), strict=False, description="Function-preserving rewrites, in order."
+        default=(),
+        strict=False,
+        description="Function-preserving rewrites, in order: KIND:option=value,option=value.",
     )
     imatrix: Name | None = Field(
         default=None,

@@ -62,6 +62,12 @@ class Quantization(Frozen):
         ge=0,
         description="Most rounds of refitting all scales of a row and descending on its codes.",
     )
+    magr: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="MagR: penalty on the largest weight of each row before codes are chosen.",
+    )
     damping: float = Field(
         default=0.01, ge=0, le=1, description="Added to H's diagonal, as a fraction of its mean."
     )

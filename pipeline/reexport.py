@@ -30,6 +30,7 @@ from pipeline.stages.plan import TypePlan
 from pipeline.stages.quantize import Part, QuantizedModel, part_by_part
 from pipeline.stages.report import RECIPE, check_files
 from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
+from pipeline.stages.transform import Delivered, transform
 from pipeline.stages.walk import store_free
 from pipeline.storage import OUTPUT_MARKER
 from pipeline.targets import GGUF_NAMES, check_held, parse_targets
@@ -92,8 +93,10 @@ def reexport(
     identity = identity_of_run(recipe, source, texts) | {"taken over from": taken_from}
 
     def matrices(run: RunDirectory) -> tuple[QuantizedModel, None]:
+        enter(progress, "transform")
+        rewritten = transform(recipe, source, texts.calibration, Delivered(folder), progress)
         enter(progress, "quantize")
-        return _take_over(source, file, run, progress), None
+        return _take_over(rewritten, file, run, progress), None
 
     resolved = ResolvedRecipe(recipe, resolved.origins)
     return carry_out(order, identity, resolved, source, texts, matrices, progress)

@@ -34,7 +34,7 @@ from pipeline.stages.plan import TypePlan
 from pipeline.stages.quantize import QuantizedModel, quantize
 from pipeline.stages.repack import repack
 from pipeline.stages.report import RECIPE, check_files
-from pipeline.stages.transform import transform
+from pipeline.stages.transform import Delivered, transform
 from pipeline.stages.verify import wants_llamacpp
 from pipeline.storage import scratch_folder
 
@@ -81,7 +81,9 @@ def deploy(
     identity |= identity_of_importance(importance)
 
     def matrices(run: RunDirectory) -> tuple[QuantizedModel, Allocation | None]:
-        typed, allocation = _allocated(resolved.recipe, source, texts, run, progress)
+        enter(progress, "transform")
+        rewritten = transform(resolved.recipe, source, texts.calibration, run, progress)
+        typed, allocation = _allocated(resolved.recipe, rewritten, texts, run, progress)
         model = _matrices(resolved.recipe, typed, texts, importance, run, progress)
         return model, allocation
 
@@ -138,8 +140,6 @@ def prepare(
         progress.note(note)
     for replaced in source.plan.replaced:
         progress.warning(f"type replaced: {replaced}")
-    enter(progress, "transform")
-    source = transform(recipe, source)
     if recipe.budgeted:
         check_budget(source, recipe)
     enter(progress, "calibrate")
@@ -209,6 +209,8 @@ def plan(
         check_disk(folder, source, recipe)
         identity = identity_of_run(recipe, source, texts)
         with RunDirectory(folder, identity, fresh=fresh, warn=progress.warning) as run:
+            enter(progress, "transform")
+            source = transform(recipe, source, texts.calibration, run, progress)
             source, _ = _allocated(recipe, source, texts, run, progress)
         progress.note(f"measured in {folder}: deploy continues from there")
     else:
@@ -241,7 +243,7 @@ def verify(
     revision = manifest["input"].get("revision")
     update = {"revision": revision} if model is None else {"model": model, "revision": None}
     recipe = recipe.model_copy(update=update)
-    source = transform(recipe, open_source(recipe, allow_pickle=allow_pickle))
+    source = open_source(recipe, allow_pickle=allow_pickle)
     if recipe.budgeted:
         source = with_types(source, delivered_types(source, manifest["tensors"]))
     if source.description["files"] != manifest["input"]["files"]:
@@ -256,6 +258,8 @@ def verify(
     if texts.describe()["evaluation"]["sha256"] != manifest["texts"]["evaluation"]["sha256"]:
         notes.append("the evaluation text is not the one that the manifest's figures are from")
         progress.warning(notes[0])
+    enter(progress, "transform")
+    source = transform(recipe, source, texts.calibration, Delivered(folder), progress)
     enter(progress, "verify")
     files = model_files(folder, manifest, recipe)
     with scratch_folder(folder) as scratch:

@@ -277,6 +277,7 @@ def walk_settings(recipe: Recipe) -> WalkSettings:
         device=recipe.device,
         mismatch_estimate=recipe.calibration.mismatch_estimate,
         seed=recipe.seed,
+        magr=recipe.quantization.magr,
     )
 
 

@@ -115,7 +115,11 @@ class Sensitivity:
         self._probe = probe_options(recipe)
         self._device = choose_device(recipe.device)
         self._float = TorchReference(
-            source.config, source.read, head=source.head, device=self._device
+            source.config,
+            source.read,
+            head=source.head,
+            device=self._device,
+            inner=source.inner,
         )
         self._store = CandidateStore(run)
 

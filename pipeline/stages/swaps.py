@@ -67,7 +67,9 @@ class PlanJudge:
         device: torch.device,
     ) -> None:
         self._source, self._store, self._batch = source, store, batch
-        self._model = TorchReference(source.config, source.read, head=source.head, device=device)
+        self._model = TorchReference(
+            source.config, source.read, head=source.head, device=device, inner=source.inner
+        )
         self._tokens, self._device = tokens.to(device), device
         self._types: Types = {}
         self._states: list[Tensor] = []

@@ -53,7 +53,9 @@ def token_weights(
         return loaded[0]
     progress.phase("gradients")
     device = choose_device(recipe.device)
-    model = TorchReference(source.config, source.read, head=source.head, device=device)
+    model = TorchReference(
+        source.config, source.read, head=source.head, device=device, inner=source.inner
+    )
     batch = recipe.calibration.batch
     at_once = _windows_at_once(windows.shape[1], source, batch)
     squares: dict[str, list[Tensor]] = {}

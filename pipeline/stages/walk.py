@@ -24,6 +24,7 @@ from pipeline.quantization.objective import HeldOut, LayerObjective
 from pipeline.stages.load import Source
 from pipeline.stages.mismatch_share import Estimate, moment_options, solve_with_estimate
 from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
+from pipeline.transforms.magr import reduce_magnitude
 from runtimes.torch_reference import DecoderBlock, TorchReference
 
 HEAD_ROWS = 8192
@@ -44,6 +45,7 @@ class WalkSettings:
         mismatch_estimate: How the share of the mismatch correction is estimated for each linear,
             see `pipeline.stages.mismatch_share`; ``options.mismatch`` multiplies it.
         seed: Seed of sampled shares.
+        magr: Strength of MagR, see `pipeline.transforms.magr`; losses are those of its weights.
     """
 
     options: LayerOptions = field(default_factory=LayerOptions)
@@ -54,6 +56,7 @@ class WalkSettings:
     device: str = "cpu"
     mismatch_estimate: Estimate = "fixed"
     seed: int = 0
+    magr: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,11 @@ class Walk:
             settings.mismatch_estimate, settings.held_out, len(windows), settings.seed
         )
         self._float = TorchReference(
-            source.config, source.read, head=source.head, device=self._device
+            source.config,
+            source.read,
+            head=source.head,
+            device=self._device,
+            inner=source.inner,
         )
         windows = windows.to(self._device)
         embedded = nn.functional.embedding(windows, embedding.to(self._device))
@@ -201,6 +208,11 @@ class Walk:
         prefix = self._source.checkpoint.architecture.block_prefix(index)
         weights = {f"{prefix}{name}.weight": block.linear(name).weight for name in linears}
         kinds = {name: self._source.plan.types[name] for name in weights}
+        if self._settings.magr:
+            for name in (n for n in weights if kinds[n] not in FLOAT_TYPES):
+                hessian = moments.solving.hessian
+                smaller = reduce_magnitude(weights[name], hessian, self._settings.magr)
+                weights[name] = smaller.to(weights[name])
         stored: dict[str, StoredTensor] = {}
         results: list[LayerResult] = []
         for kind in dict.fromkeys(kinds.values()):

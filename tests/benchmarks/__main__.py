@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tests.benchmarks import quality, speed, stock, table
+from tests.benchmarks import budget, quality, speed, stock, table
 
 
 def main() -> None:
@@ -33,6 +33,13 @@ def main() -> None:
     rival.add_argument("--calibration")
     rival.add_argument("--evaluation")
     rival.add_argument("--folder", type=Path, default=Path("stock"), help="where files are kept")
+    spent = commands.add_parser("budget", help="what a budget buys at the sizes of mixes")
+    spent.add_argument("model", nargs="?", help="checkpoint folder (default: the demo model)")
+    spent.add_argument("--types", nargs="+", default=["Q2_K", "Q3_K_M", "Q4_K_M"])
+    spent.add_argument("--preset", default="balanced")
+    spent.add_argument("--calibration")
+    spent.add_argument("--evaluation")
+    spent.add_argument("--folder", type=Path, default=Path("budget.piso-run"))
     show = commands.add_parser("table", help="print the figures of a quality run as a table")
     show.add_argument("file", type=Path)
     wanted = parser.parse_args()
@@ -47,6 +54,15 @@ def main() -> None:
             wanted.types,
             wanted.preset,
             pure=wanted.pure,
+        )
+    elif wanted.command == "budget":
+        budget.measure(
+            wanted.model,
+            wanted.calibration,
+            wanted.evaluation,
+            wanted.folder,
+            wanted.types,
+            wanted.preset,
         )
     elif wanted.command == "table":
         print(table.render(wanted.file))

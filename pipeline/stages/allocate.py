@@ -74,8 +74,9 @@ class Allocation:
         """What a report says of it."""
         lines = [f"types chosen for {self.budget:,} bytes: {self.size:,} used", *self.notes]
         if self.before is not None:
+            least = f"at most {self.gap:.2g} above the least" if self.gap else "proven the least"
             lines.append(
-                f"estimated KLD {self.estimate:.4g}, at most {self.gap:.2g} above the least; "
+                f"estimated KLD {self.estimate:.4g}, {least}; "
                 f"all types together in PyTorch {self.before:.4g}, after {len(self.kept)} of "
                 f"{self.tried} exchanges {self.after:.4g}"
             )

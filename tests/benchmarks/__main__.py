@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.benchmarks import (
     block_rotations,
+    budget,
     onnx,
     quality,
     speed,
@@ -49,6 +50,13 @@ def main() -> None:
     other.add_argument("--calibration")
     other.add_argument("--evaluation")
     other.add_argument("--folder", type=Path, default=Path("onnx"), help="where files are kept")
+    spent = commands.add_parser("budget", help="what a budget buys at the sizes of mixes")
+    spent.add_argument("model", nargs="?", help="checkpoint folder (default: the demo model)")
+    spent.add_argument("--types", nargs="+", default=["Q2_K", "Q3_K_M", "Q4_K_M"])
+    spent.add_argument("--preset", default="balanced")
+    spent.add_argument("--calibration")
+    spent.add_argument("--evaluation")
+    spent.add_argument("--folder", type=Path, default=Path("budget.piso-run"))
     show = commands.add_parser("table", help="print the figures of a quality run as a table")
     show.add_argument("file", type=Path)
     _add_transforms(commands)
@@ -67,6 +75,15 @@ def main() -> None:
         )
     elif wanted.command == "onnx":
         onnx.measure(
+            wanted.model,
+            wanted.calibration,
+            wanted.evaluation,
+            wanted.folder,
+            wanted.types,
+            wanted.preset,
+        )
+    elif wanted.command == "budget":
+        budget.measure(
             wanted.model,
             wanted.calibration,
             wanted.evaluation,

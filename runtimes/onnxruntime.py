@@ -194,16 +194,7 @@ class OnnxRuntime(Runtime):
             UnsupportedError: There is none.
             InputError: It cannot be read.
         """
-        from tokenizers import Tokenizer
-
-        path = self._model.parent / "tokenizer.json"
-        if not path.is_file():
-            raise UnsupportedError(f"no tokenizer.json beside {self._model}")
-        try:
-            ids: list[int] = Tokenizer.from_file(str(path)).encode(text).ids
-        except Exception as error:  # the library raises nothing more special
-            raise InputError(f"{path} cannot tokenize the text", why=str(error)) from error
-        return ids
+        return _tokenize(self._model.parent / "tokenizer.json", text)
 
     def close(self) -> None:
         """Frees the session; a later call starts another."""
@@ -285,6 +276,18 @@ def _start(
     if missing:
         raise InputError(f"{model} is not a decoder", why=f"it has no input {missing[0]}")
     return session
+
+
+def _tokenize(path: Path, text: str) -> list[int]:
+    from tokenizers import Tokenizer
+
+    if not path.is_file():
+        raise UnsupportedError(f"no {path.name} beside the model in {path.parent}")
+    try:
+        ids: list[int] = Tokenizer.from_file(str(path)).encode(text).ids
+    except Exception as error:  # the library raises nothing more special
+        raise InputError(f"{path} cannot tokenize the text", why=str(error)) from error
+    return ids
 
 
 def _cpu_count() -> int:

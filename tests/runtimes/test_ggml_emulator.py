@@ -85,6 +85,7 @@ def test_float_mode_equals_llamacpp_on_the_twin(
     [
         *("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_0", "Q6_K", "BF16", "F16", "Q5_1", "MXFP4", "IQ4_NL"),
         *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "IQ4_XS", "TQ1_0", "TQ2_0"),
+        *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
     ],
 )
 def test_rounding_is_that_of_llamacpp(type_name: str, quantized: Any, demo_ids: list[int]) -> None:

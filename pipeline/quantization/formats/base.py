@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pipeline.quantization.formats.codebook import SIGNED_TOGETHER, Codebook
 from pipeline.quantization.formats.lattice import ScaleLattice
 
 SUPER_FIELDS = ("d", "dmin")
@@ -32,6 +33,8 @@ class Format:
         sub_scale: Inclusive integer range of a group's sub-scale under the super-scale, if any.
         sub_offset: Inclusive integer range of a group's offset in units of a super-offset, which is
             subtracted; affine formats without one store an offset a group.
+        sub_step: Spacing of the sub-scales in their range.
+        codebook: Which codes may stand side by side; None if all may.
     """
 
     name: str
@@ -45,6 +48,8 @@ class Format:
     code_min: int = 0
     sub_scale: tuple[int, int] | None = None
     sub_offset: tuple[int, int] | None = None
+    sub_step: int = 1
+    codebook: Codebook | None = None
 
     @cached_property
     def grid(self) -> Tensor:
@@ -58,6 +63,11 @@ class Format:
     def block_of(self, width: int) -> int:
         """Inputs that must stay together: the super-group, or the whole row if channel-wise."""
         return self.super_group or width
+
+    @property
+    def vector(self) -> int:
+        """Consecutive inputs that are rounded together: one without a codebook."""
+        return 1 if self.codebook is None else SIGNED_TOGETHER
 
     def positive(self) -> Format:
         """The same format without negative (super-)scales and sub-scales, if it has sub-scales.

@@ -59,13 +59,14 @@ def dequantize(type_id: int, packed: np.ndarray, width: int) -> np.ndarray:
 
 
 def quantize(type_id: int, weights: np.ndarray) -> np.ndarray:
-    """float32 [rows, width] -> packed rows uint8 [rows, row bytes]."""
+    """float32 [rows, width] -> packed rows uint8, all inputs equally important."""
     weights = np.ascontiguousarray(weights, np.float32)
     rows, width = weights.shape
+    even = np.ones(width, np.float32)  # the IQ2 types cannot do without importances
     _, block, nbytes = traits(type_id)
     out = np.empty((rows, width // block * nbytes), np.uint8)
     written = library().ggml_quantize_chunk(
-        type_id, weights.ctypes.data, out.ctypes.data, 0, rows, width, None
+        type_id, weights.ctypes.data, out.ctypes.data, 0, rows, width, even.ctypes.data
     )
     assert written == out.nbytes
     return out

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.kernels import descend, fit_free, fit_sub_scales
+from pipeline.kernels import descend, fit_free, fit_sub_scales, fit_vectors
 from pipeline.quantization.formats import (
     Format,
     QuantizedTensor,
@@ -22,6 +22,7 @@ from pipeline.quantization.formats import (
 )
 from pipeline.quantization.scales.absmax import may_mirror
 from pipeline.quantization.scales.hierarchical import REACH, SWEEPS, integer_ranges
+from pipeline.quantization.scales.vectors import neighbours
 
 LAZY_COLUMNS = 256
 """Columns whose changes are gathered before they update the residual of all others."""
@@ -259,6 +260,8 @@ class _State:
 
     def _descend_integers(self, part: slice) -> Tensor:
         """Codes and integers of one group under the super-scales that it has."""
+        if self.fmt.codebook is not None:
+            return self._descend_vectors(part)
         M, old = self.hessian[part, part], self.values[:, part]
         linear = self.residual[:, part] + old @ M
         centre = old + torch.linalg.solve(M, self.residual[:, part].T).T
@@ -284,6 +287,23 @@ class _State:
         self.fields["sc"][:, g] = found.scales.to(torch.int8)
         if self.fmt.affine:
             self.fields["mn"][:, g] = found.offsets.to(torch.int8)
+        change = new - old
+        self.values[:, part] = new
+        return change
+
+    def _descend_vectors(self, part: slice) -> Tensor:
+        """Codebook vectors and sub-scale of one group under the super-scale that it has."""
+        M, old = self.hessian[part, part], self.values[:, part]
+        centre = old + torch.linalg.solve(M, self.residual[:, part].T).T
+        g, s = part.start // self.group, part.start // self.block
+        d, sc = self.fields["d"][:, s].double(), self.fields["sc"][:, g].long()
+        tried = neighbours(sc, self.fmt)
+        start = d * sc, self.indices[:, part]
+        found = fit_vectors(centre, M, d[:, None] * tried, self.fmt, start=start, sweeps=SWEEPS)
+        kept = torch.cat([tried, sc[:, None]], dim=1).gather(1, found.chosen[:, None])
+        new = d[:, None] * kept * self.levels[found.level_indices]
+        self.indices[:, part] = found.level_indices
+        self.fields["sc"][:, g] = kept[:, 0].to(torch.int8)
         change = new - old
         self.values[:, part] = new
         return change

@@ -12,14 +12,14 @@ from exporters.gguf import gguf_name, row_bytes
 from pipeline.architectures.base import EMBEDDING, HEAD
 from pipeline.checkpoint import MIDDLE, Checkpoint, PackedMatrix
 from pipeline.errors import UnsupportedError, UsageError
-from pipeline.mixes import Matrix, base_type, embedding_type, head_type, mix_type
+from pipeline.mixes import Matrix, base_type, embedding_type, head_type, mix_type, pure_type
 from pipeline.quantization.formats import get_format
 from pipeline.recipe import Recipe, split_tensor_type
 from pipeline.stages.stored import FLOAT_TYPES
 
 REPLACEMENTS = {
     **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
-    "IQ4_XS": "IQ4_NL",
+    **dict.fromkeys(("IQ4_XS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "IQ4_NL"),
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
@@ -88,7 +88,7 @@ def plan_types(checkpoint: Checkpoint, recipe: Recipe) -> TypePlan:
 def _tables(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
     """Embedding and head: as asked for, else by the mix's rules."""
     embedding, head = recipe.token_embedding_type, recipe.output_tensor_type
-    base = base_type(recipe.type)
+    base = pure_type(recipe.type)
     width = checkpoint.shape(EMBEDDING)[1]
     of_head = base if recipe.pure else head_type(recipe.type, width)
     if not checkpoint.tied:
@@ -111,7 +111,7 @@ def _linears(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
                 dimensions.layers,
                 dimensions.heads / dimensions.kv_heads,
             )
-            base = base_type(recipe.type)
+            base = pure_type(recipe.type)
             wanted[name] = base if recipe.pure else mix_type(recipe.type, matrix)
     return wanted
 

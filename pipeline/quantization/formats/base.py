@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pipeline.quantization.formats.codebook import SIGNED_TOGETHER, Codebook
+from pipeline.quantization.formats.codebook import Codebook
 from pipeline.quantization.formats.lattice import ScaleLattice
 
 SUPER_FIELDS = ("d", "dmin")
@@ -67,7 +67,7 @@ class Format:
     @property
     def vector(self) -> int:
         """Consecutive inputs that are rounded together: one without a codebook."""
-        return 1 if self.codebook is None else SIGNED_TOGETHER
+        return 1 if self.codebook is None else self.codebook.unit
 
     def positive(self) -> Format:
         """The same format without negative (super-)scales and sub-scales, if it has sub-scales.

@@ -17,7 +17,7 @@ from torch import Tensor
 from pipeline.errors import VerificationError
 
 SIGNED_TOGETHER = 8
-"""Consecutive weights whose signs are stored together; also what is rounded as one vector."""
+"""Consecutive weights whose signs are stored together."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,16 @@ class Codebook:
 
     name: str
     even: bool
+
+    @property
+    def places(self) -> int:
+        """Weights of an entry: 8 or 4."""
+        return self.entries.shape[1]
+
+    @property
+    def unit(self) -> int:
+        """Consecutive weights that can be chosen without regard to all others."""
+        return SIGNED_TOGETHER if self.even else self.places
 
     @cached_property
     def entries(self) -> Tensor:
@@ -65,7 +75,7 @@ class Codebook:
         The node after one more magnitude; -1 where no entry goes on like that; 0 after the last
         place of an entry, where the next entry begins.
         """
-        entries, places = self.entries, self.entries.shape[1]
+        entries, places = self.entries, self.places
         rows: list[list[int]] = [[-1] * len(self.magnitudes)]
         for entry in entries.tolist():
             node = 0
@@ -82,7 +92,7 @@ class Codebook:
     @cached_property
     def _places(self) -> Tensor:
         """Entry of every combination of magnitudes, -1 for none, int64 [magnitudes ** places]."""
-        found = torch.full((len(self.magnitudes) ** self.entries.shape[1],), -1)
+        found = torch.full((len(self.magnitudes) ** self.places,), -1)
         found[self._combined(self.entries)] = torch.arange(len(self.entries))
         return found
 
@@ -109,7 +119,7 @@ class Codebook:
         wide, n = codes.long(), len(self.magnitudes)
         negative = wide < n
         magnitudes = torch.where(negative, n - 1 - wide, wide - n)
-        vectors = magnitudes.reshape(len(wide), -1, self.entries.shape[1])
+        vectors = magnitudes.reshape(len(wide), -1, self.places)
         entries = self._places.to(codes.device)[self._combined(vectors)]
         if (entries < 0).any():
             raise VerificationError(

@@ -17,7 +17,10 @@ BASES = {
     **{f"Q4_K_{size}": "Q4_K" for size in "SM"},
     **{f"Q5_K_{size}": "Q5_K" for size in "SM"},
     **{name: name for name in ("IQ2_XXS", "IQ2_XS", "IQ3_XXS", "IQ3_S")},
-    **{"IQ2_S": "IQ2_XS", "IQ2_M": "IQ2_S", "IQ3_XS": "IQ3_S", "IQ3_M": "IQ3_S"},
+    "IQ2_S": "IQ2_XS",
+    "IQ2_M": "IQ2_S",
+    "IQ3_XS": "IQ3_S",
+    "IQ3_M": "IQ3_S",
 }
 """The type that each mix is mostly made of."""
 

@@ -43,8 +43,8 @@ def fit_vectors(
     the better pair is taken.
 
     The codes of the best scale are then improved by coordinate descent, one entry at a time the
-    exact minimum with the others held; so are the given codes, and the better of the two is the
-    result.
+    exact minimum with the others held. Codes that are given are improved so before anything else:
+    only a scale that loses less than they do is of interest.
 
     Args:
         weights: x, [rows, group].

@@ -129,6 +129,6 @@ def open_source(recipe: Recipe, *, allow_pickle: bool) -> Source:
 
 
 def _file_type(most: str, recipe: Recipe) -> str:
-    if most != (pure_type if recipe.pure else base_type)(recipe.type):
+    if most != base_type(recipe.type):
         return most
     return most if recipe.pure else ALIASES.get(recipe.type, recipe.type)

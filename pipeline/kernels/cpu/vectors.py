@@ -236,20 +236,18 @@ def fit_vectors(weights, metric, root, blocks, scales, first, codes_given, given
         space = _space(book[1])
         x, codes = weights[r], np.zeros(size, np.int64)
         best, place = math.inf, -1
+        if given:
+            found[r] = codes_given[r]
+            best = _polish(x, metric, blocks, first[r], book, sweeps, found[r], space)
+            place = count
         for k in range(count):
             loss = _round(x, root, scales[r, k], book, best, codes, space)
             if loss < best:
                 best, place = loss, k
                 found[r] = codes
-        if place >= 0:
+        if 0 <= place < count:
             scale = scales[r, place]
             best = _polish(x, metric, blocks, scale, book, sweeps, found[r], space)
-        if given:
-            codes[:] = codes_given[r]
-            loss = _polish(x, metric, blocks, first[r], book, sweeps, codes, space)
-            if not best < loss:
-                best, place = loss, count
-                found[r] = codes
         chosen[r] = place
         losses[r] = best
     return chosen, found, losses

@@ -246,19 +246,18 @@ def fit_vectors(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `pipeline.kernels.fit_vectors`."""
     best = torch.full_like(weights[:, 0], torch.inf)
-    chosen = torch.full(best.shape, -1, dtype=torch.int64, device=best.device)
-    codes, scale = torch.zeros_like(start_codes), torch.zeros_like(best)
-    for k in range(scales.shape[1]):
+    codes, scale = start_codes, start_scale
+    count = scales.shape[1]
+    chosen = torch.full(best.shape, count if given else -1, device=best.device)
+    if given:
+        best, codes = _polish(weights, metric, blocks, scale, book, sweeps, codes)
+    for k in range(count):
         loss, found = _round(weights, root, scales[:, k], book, best)
         better = loss < best
         best, chosen = torch.where(better, loss, best), torch.where(better, k, chosen)
         codes = torch.where(better[:, None], found, codes)
         scale = torch.where(better, scales[:, k], scale)
-    if scales.shape[1]:
-        best, codes = _polish(weights, metric, blocks, scale, book, sweeps, codes)
-    if given:
-        loss, found = _polish(weights, metric, blocks, start_scale, book, sweeps, start_codes)
-        kept = ~(best < loss)
-        best, codes = torch.where(kept, loss, best), torch.where(kept[:, None], found, codes)
-        chosen = torch.where(kept, scales.shape[1], chosen)
+    loss, found = _polish(weights, metric, blocks, scale, book, sweeps, codes)
+    fresh = (0 <= chosen) & (chosen < count)
+    best, codes = torch.where(fresh, loss, best), torch.where(fresh[:, None], found, codes)
     return chosen, codes, best

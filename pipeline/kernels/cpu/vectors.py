@@ -1,7 +1,7 @@
 """Rounding to a codebook for the CPU, compiled by Numba; rows run in parallel.
 
 The contract is in `pipeline.kernels.vectors`. The nearest entry is found by depth-first search
-through the codebook's prefix tree, best level first (Schnorr and Euchner's order): with an upper
+through the codebook's prefix tree, nearest level first (Schnorr and Euchner's order): with an upper
 triangular root of the metric each place adds a square to the loss, so that a prefix that costs as
 much as the best entry so far ends its branch.
 """
@@ -16,85 +16,81 @@ from numba import njit, prange
 from pipeline.kernels.twin.vectors import ANY, LEAST_GAIN
 
 _LONGEST = 8
-_PARTIAL, _DIFFERENCE = 0, 1  # rows of a search's work space: floats, then integers
-_NODE, _NEGATIVE, _COUNT, _NEXT, _CODE = 0, 1, 2, 3, 4
+_PARTIAL, _DIFFERENCE, _CENTRE = 0, 1, 2  # rows of a search's work space: floats, then integers
+_NODE, _NEGATIVE, _LOW, _HIGH, _CODE = 0, 1, 2, 3, 4
 
 
 @njit(cache=True)
-def _space(levels):  # type: ignore[no-untyped-def]
+def _space():  # type: ignore[no-untyped-def]
     """Work space of the searches of one row."""
-    return (
-        np.empty((_LONGEST, len(levels))),
-        np.empty((_LONGEST, len(levels)), np.int64),
-        np.empty((2, _LONGEST + 1)),
-        np.empty((5, _LONGEST + 1), np.int64),
-    )
+    return np.empty((3, _LONGEST + 1)), np.empty((5, _LONGEST + 1), np.int64)
 
 
 @njit(cache=True)
-def _expand(depth, target, pull, root, at, parity, book, bound, space):  # type: ignore[no-untyped-def]
-    """List the levels that may come at this place, cheapest first."""
-    children, levels, places, _, _ = book
-    costs, choices, real, whole = space
-    half = len(levels) // 2
+def _enter(depth, target, pull, root, at, levels, space):  # type: ignore[no-untyped-def]
+    """Where the next place would cost nothing, and the levels to its two sides."""
+    real, whole = space
     lean = pull[depth]
     for i in range(depth):
         lean += real[_DIFFERENCE, i] * root[at + i, at + depth]
-    own = root[at + depth, at + depth]
-    last = parity >= 0 and depth == places - 1
-    count = 0
-    for code in range(len(levels)):
-        magnitude = code - half if code >= half else half - 1 - code
-        if children[whole[_NODE, depth], magnitude] < 0:
-            continue
-        if last and (whole[_NEGATIVE, depth] + (code < half)) % 2 != parity:
-            continue
-        error = (target[depth] - levels[code]) * own + lean
-        cost = real[_PARTIAL, depth] + error * error
-        if cost >= bound:
-            continue
-        k = count
-        while k > 0 and costs[depth, k - 1] > cost:
-            costs[depth, k] = costs[depth, k - 1]
-            choices[depth, k] = choices[depth, k - 1]
-            k -= 1
-        costs[depth, k] = cost
-        choices[depth, k] = code
-        count += 1
-    whole[_COUNT, depth] = count
-    whole[_NEXT, depth] = 0
+    centre = target[depth] + lean / root[at + depth, at + depth]
+    high = 0
+    while high < len(levels) and levels[high] <= centre:
+        high += 1
+    real[_CENTRE, depth] = centre
+    whole[_LOW, depth] = high - 1
+    whole[_HIGH, depth] = high
+
+
+@njit(cache=True)
+def _next(depth, levels, space):  # type: ignore[no-untyped-def]
+    """The nearest level that was not tried yet, or -1."""
+    real, whole = space
+    low, high = whole[_LOW, depth], whole[_HIGH, depth]
+    centre = real[_CENTRE, depth]
+    if high < len(levels) and (low < 0 or levels[high] - centre < centre - levels[low]):
+        whole[_HIGH, depth] = high + 1
+        return high
+    whole[_LOW, depth] = low - 1
+    return low
 
 
 @njit(cache=True)
 def _search(target, pull, root, at, parity, book, bound, found, space):  # type: ignore[no-untyped-def]
     """The entry of least ``|(t - q) R + p|^2``, if it is below `bound`; returns its loss."""
     children, levels, places, _, _ = book
-    costs, choices, real, whole = space
+    real, whole = space
     half = len(levels) // 2
     depth = 0
     real[_PARTIAL, 0] = 0.0
     whole[_NODE, 0] = whole[_NEGATIVE, 0] = 0
-    _expand(0, target, pull, root, at, parity, book, bound, space)
+    _enter(0, target, pull, root, at, levels, space)
     while depth >= 0:
-        k = whole[_NEXT, depth]
-        if k >= whole[_COUNT, depth] or costs[depth, k] >= bound:
+        code = _next(depth, levels, space)
+        cost = math.inf
+        if code >= 0:
+            error = (real[_CENTRE, depth] - levels[code]) * root[at + depth, at + depth]
+            cost = real[_PARTIAL, depth] + error * error
+        if not cost < bound:  # those that are left are farther still
             depth -= 1
             continue
-        whole[_NEXT, depth] = k + 1
-        code = choices[depth, k]
+        node = children[whole[_NODE, depth], code - half if code >= half else half - 1 - code]
+        negative = whole[_NEGATIVE, depth] + (code < half)
+        last = depth == places - 1
+        if node < 0 or (last and parity >= 0 and negative % 2 != parity):
+            continue
         whole[_CODE, depth] = code
-        if depth == places - 1:
-            bound = costs[depth, k]
+        if last:
+            bound = cost
             for i in range(places):
                 found[i] = whole[_CODE, i]
+            depth -= 1
             continue
         real[_DIFFERENCE, depth] = target[depth] - levels[code]
-        real[_PARTIAL, depth + 1] = costs[depth, k]
-        magnitude = code - half if code >= half else half - 1 - code
-        whole[_NODE, depth + 1] = children[whole[_NODE, depth], magnitude]
-        whole[_NEGATIVE, depth + 1] = whole[_NEGATIVE, depth] + (code < half)
         depth += 1
-        _expand(depth, target, pull, root, at, parity, book, bound, space)
+        real[_PARTIAL, depth] = cost
+        whole[_NODE, depth], whole[_NEGATIVE, depth] = node, negative
+        _enter(depth, target, pull, root, at, levels, space)
     return bound
 
 
@@ -233,7 +229,7 @@ def fit_vectors(weights, metric, root, blocks, scales, first, codes_given, given
     chosen = np.empty(rows, np.int64)
     losses = np.empty(rows)
     for r in prange(rows):
-        space = _space(book[1])
+        space = _space()
         x, codes = weights[r], np.zeros(size, np.int64)
         best, place = math.inf, -1
         if given:

@@ -258,6 +258,6 @@ def fit_vectors(
         codes = torch.where(better[:, None], found, codes)
         scale = torch.where(better, scales[:, k], scale)
     loss, found = _polish(weights, metric, blocks, scale, book, sweeps, codes)
-    fresh = (0 <= chosen) & (chosen < count)
+    fresh = (chosen >= 0) & (chosen < count)
     best, codes = torch.where(fresh, loss, best), torch.where(fresh[:, None], found, codes)
     return chosen, codes, best

@@ -16,7 +16,7 @@ from pipeline.kernels import fit_vectors
 from pipeline.quantization.formats import Format
 from pipeline.quantization.scales.base import BlockProblem
 
-FREE_SCALES = 8
+FREE_SCALES = 6
 """Free scales that are tried for a group on its own."""
 
 SPREAD = (0.6, 1.5)

@@ -16,6 +16,8 @@ def types() -> dict[str, str]:
     for fmt in sorted(map(get_format, WEIGHT_TYPES), key=lambda fmt: fmt.bits_per_weight):
         offset = "scale and offset" if fmt.affine else "scale"
         text = f"{fmt.bits_per_weight:.4g} bits per weight, one {offset} for {fmt.group_size}"
+        if fmt.codebook is not None:
+            text += f", vectors of {fmt.codebook.places} from a codebook"
         listed[fmt.name] = text
     tables_only = "for the token embedding and the output head only"
     listed |= dict.fromkeys(TABLE_TYPES[len(WEIGHT_TYPES) :], tables_only)

@@ -14,8 +14,10 @@ from pipeline.kernels.diagonal import piso_sweep_diagonal
 from pipeline.kernels.lookahead import sequential_loss
 from pipeline.kernels.sub_scales import SubScales, fit_sub_scales
 from pipeline.kernels.sweep import SweepResult, piso_sweep
+from pipeline.kernels.vectors import FittedVectors, fit_vectors
 
 __all__ = [
+    "FittedVectors",
     "SubScales",
     "SweepResult",
     "affine_lines",
@@ -23,6 +25,7 @@ __all__ = [
     "descend",
     "fit_free",
     "fit_sub_scales",
+    "fit_vectors",
     "piso_sweep",
     "piso_sweep_diagonal",
     "round_columns",

@@ -13,7 +13,7 @@ from exporters.onnx.integers import row_bytes as integer_row_bytes
 from pipeline.architectures.base import EMBEDDING, HEAD
 from pipeline.checkpoint import MIDDLE, Checkpoint, PackedMatrix
 from pipeline.errors import UnsupportedError, UsageError
-from pipeline.mixes import Matrix, base_type, embedding_type, head_type, mix_type
+from pipeline.mixes import Matrix, base_type, embedding_type, head_type, mix_type, pure_type
 from pipeline.quantization.formats import get_format
 from pipeline.recipe import Recipe, split_tensor_type
 from pipeline.stages.stored import FLOAT_TYPES
@@ -21,7 +21,7 @@ from pipeline.targets import is_integer_type, smaller_group
 
 REPLACEMENTS = {
     **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
-    "IQ4_XS": "IQ4_NL",
+    **dict.fromkeys(("IQ4_XS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "IQ4_NL"),
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
@@ -94,7 +94,7 @@ def plan_types(checkpoint: Checkpoint, recipe: Recipe) -> TypePlan:
 def _tables(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
     """Embedding and head: as asked for, else by the mix's rules."""
     embedding, head = recipe.token_embedding_type, recipe.output_tensor_type
-    base = base_type(recipe.weight_type)
+    base = pure_type(recipe.weight_type)
     width = checkpoint.shape(EMBEDDING)[1]
     of_head = base if recipe.pure else head_type(recipe.weight_type, width)
     of_embedding = base if recipe.pure else embedding_type(recipe.weight_type)
@@ -119,7 +119,7 @@ def _linears(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
                 dimensions.layers,
                 dimensions.heads / dimensions.kv_heads,
             )
-            base = base_type(recipe.weight_type)
+            base = pure_type(recipe.weight_type)
             pure = recipe.pure or "onnx" in recipe.targets
             wanted[name] = base if pure else mix_type(recipe.weight_type, matrix)
     return wanted

@@ -30,6 +30,7 @@ from pipeline.stages.plan import TypePlan
 from pipeline.stages.quantize import walk_settings
 from pipeline.stages.transform import transform
 from pipeline.stages.walk import Walk, choose_device, store_free
+from runtimes.metrics import kl_divergence
 from runtimes.torch_reference import TorchReference
 from tests.outliers import inject
 
@@ -69,8 +70,8 @@ def with_types(source: Source, kind: str) -> Source:
 
 
 @torch.inference_mode()
-def quantized_perplexity(recipe: Any, source: Source, texts: Texts) -> float:
-    """Perplexity of the quantized model in PyTorch."""
+def quantized_quality(recipe: Any, source: Source, texts: Texts) -> tuple[float, float]:
+    """Perplexity of the quantized model in PyTorch, and its KL divergence from the checkpoint."""
     types = source.plan.types
     weights = {
         n: store_free("Q8_0", source.read(n)).dequantize() for n in (EMBEDDING, HEAD) if n in types
@@ -79,7 +80,7 @@ def quantized_perplexity(recipe: Any, source: Source, texts: Texts) -> float:
     for index in range(walk.n_blocks):
         for solved in walk.solve(index):
             weights |= {n: t.dequantize() for n, t in solved.stored.items()}
-    return perplexity(source, weights, texts, recipe.device)
+    return quality(source, weights, texts, recipe.device)
 
 
 @torch.inference_mode()
@@ -87,6 +88,14 @@ def perplexity(
     source: Source, weights: Any, texts: Texts, device: str, linears: Any = None
 ) -> float:
     """Perplexity with some weights replaced: the second half of each chunk is scored."""
+    return quality(source, weights, texts, device, linears)[0]
+
+
+@torch.inference_mode()
+def quality(
+    source: Source, weights: Any, texts: Texts, device: str, linears: Any = None
+) -> tuple[float, float]:
+    """Perplexity, and mean KL divergence from the checkpoint as it was, in nats a token."""
 
     def read(name: str) -> torch.Tensor:
         found = weights.get(name)
@@ -101,14 +110,17 @@ def perplexity(
         linears=linears,
         inner=source.inner,
     )
+    reference = TorchReference(source.config, source.original, head=source.head, device=place)
     tokens = next(iter(texts.evaluation.values())).to(place)
     first = tokens.shape[1] // 2
-    total = count = 0.0
-    for window, logits in zip(tokens, model.logits(tokens, first), strict=True):
-        wanted, wide = window[first + 1 :], logits.double()
-        total += float((wide.logsumexp(1) - wide.gather(1, wanted[:, None])[:, 0]).sum())
+    total = divergence = count = 0.0
+    runs = (model.logits(tokens, first), reference.logits(tokens, first))
+    for window, logits, before in zip(tokens, *runs, strict=True):
+        wanted, wide = window[first + 1 :], logits.double().log_softmax(1)
+        total -= float(wide.gather(1, wanted[:, None]).sum())
+        divergence += float(kl_divergence(before, logits).sum())
         count += len(wanted)
-    return math.exp(total / count)
+    return math.exp(total / count), divergence / count
 
 
 def megabytes(source: Source) -> float:
@@ -170,10 +182,10 @@ def measure(
                     begun = time.monotonic()
                     source = with_types(opened_source, kind)
                     source = transform(recipe, source, texts.calibration, Nowhere(), progress)
-                    ppl = quantized_perplexity(recipe, source, texts)
-                    seconds = time.monotonic() - begun
-                    done[key] = {"ppl": ppl, "MB": megabytes(source), "seconds": seconds}
-                    print(f"{key}: ppl {ppl:.3f}, {seconds:.0f} s", flush=True)
+                    ppl, kld = quantized_quality(recipe, source, texts)
+                    figures = {"ppl": ppl, "kld": kld, "MB": megabytes(source)}
+                    done[key] = {**figures, "seconds": time.monotonic() - begun}
+                    print(f"{key}: ppl {ppl:.3f} KLD {kld:.4f}", flush=True)
                     out.write_text(json.dumps(done, indent=1), encoding="utf-8")
     print(render(done, types, rows))
 
@@ -186,10 +198,12 @@ def render(done: dict[str, Any], types: Sequence[str], rows: Sequence[str]) -> s
         if full is None:
             continue
         lines += ["", f"{which} outliers, full precision {full['ppl']:.2f}", ""]
-        lines += [f"| transforms | {' | '.join(f'{t} | MB' for t in types)} |"]
-        lines += ["| --- " * (1 + 2 * len(types)) + "|"]
+        lines += [f"| transforms | {' | '.join(f'{t} | KLD | MB' for t in types)} |"]
+        lines += ["| --- " * (1 + 3 * len(types)) + "|"]
         for row in rows:
             cells = [done.get(f"{which} | {row} | {kind}") for kind in types]
-            shown = [f"{c['ppl']:.2f} | {c['MB']:.2f}" if c else " | " for c in cells]
+            shown = [
+                f"{c['ppl']:.2f} | {c['kld']:.4f} | {c['MB']:.2f}" if c else " |  | " for c in cells
+            ]
             lines.append(f"| {row} | {' | '.join(shown)} |")
     return "\n".join(lines)

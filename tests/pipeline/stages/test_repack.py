@@ -70,6 +70,7 @@ def test_what_would_quantize_twice_is_refused(tmp_path: Path) -> None:
         {"type": "Q2_0"},
         {"tensor_types": ("ffn_down=Q8_0",)},
         {"emit": ("imatrix",)},
+        {"target_bpw": 4.0},
     ):
         with pytest.raises(UsageError, match="4-bit already"):
             deploy(model, tmp_path / "out", {**OPTIONS, **options})

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.quantization.formats import Format
+from pipeline.quantization.formats import Codebook, Format
 
 
 class FittedVectors(NamedTuple):
@@ -62,38 +62,40 @@ def fit_vectors(
     if codebook is None or weights.shape[1] % codebook.unit:
         raise ValueError(f"{fmt.name} has no vectors for groups of {weights.shape[1]}")
     x, M, tried = (t.double().contiguous() for t in (weights, metric, scales))
-    halves = codebook.places if codebook.places < codebook.unit else len(M)
-    blocks = (*_blocks(M, codebook.unit), *_blocks(M[: len(M) if halves < len(M) else 0], halves))
     scale, codes = start or (x.new_zeros(len(x)), torch.zeros_like(x))
-    first = scale.double().contiguous(), codes.long().contiguous(), start is not None
+    first, given = (scale.double().contiguous(), codes.long().contiguous()), start is not None
+    blocks = _diagonal(M, codebook)
     children, levels = codebook.children.to(x.device), fmt.grid.to(x.device)
     book = (children, levels, codebook.places, codebook.unit, codebook.even)
     if x.device.type != "cpu":
         from pipeline.kernels.twin import vectors as twin
 
-        return FittedVectors(
-            *twin.fit_vectors(x, M, upper_root(M), blocks, tried, *first, twin.Book(*book), sweeps)
-        )
+        root = upper_root(M)
+        found = twin.fit_vectors(x, M, root, blocks, tried, *first, given, twin.Book(*book), sweeps)
+        return FittedVectors(*found)
     from pipeline.kernels.cpu import vectors as compiled
 
-    arrays = x.numpy(), M.numpy(), upper_root(M).numpy()
-    found = compiled.fit_vectors(
-        *arrays,
+    arrays = compiled.fit_vectors(
+        *(t.numpy() for t in (x, M, upper_root(M))),
         tuple(t.numpy() for t in blocks),
-        tried.numpy(),
-        first[0].numpy(),
-        first[1].numpy(),
-        first[2],
+        *(t.numpy() for t in (tried, *first)),
+        given,
         (children.numpy(), levels.numpy(), *book[2:]),
         sweeps,
     )
-    return FittedVectors(*(torch.from_numpy(a) for a in found))
+    return FittedVectors(*(torch.from_numpy(a) for a in arrays))
 
 
 def upper_root(metric: Tensor) -> Tensor:
     """Upper triangular R with ``M = R R'``, [..., n, n], from the lower root read backwards."""
     backwards = metric.flip(-1, -2)
     return torch.linalg.cholesky(backwards).flip(-1, -2).contiguous()
+
+
+def _diagonal(metric: Tensor, codebook: Codebook) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Upper roots and inverses of the metric's blocks of a unit, and of an entry if it has two."""
+    halves = metric if codebook.places < codebook.unit else metric[:0]
+    return (*_blocks(metric, codebook.unit), *_blocks(halves, codebook.places))
 
 
 def _blocks(metric: Tensor, size: int) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from pipeline.quantization.formats.base import (
     zero_offset,
     zero_points,
 )
+from pipeline.quantization.formats.codebook import Codebook
 from pipeline.quantization.formats.ggml import GGML_FORMATS
 from pipeline.quantization.formats.integer import integer_format, parse_integer
 from pipeline.quantization.formats.lattice import BF16, E8M0, FP16, FP32, ScaleLattice
@@ -26,6 +27,7 @@ __all__ = [
     "FP32",
     "GGML_FORMATS",
     "SUPER_FIELDS",
+    "Codebook",
     "Format",
     "QuantizedTensor",
     "ScaleLattice",

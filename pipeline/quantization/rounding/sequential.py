@@ -115,6 +115,8 @@ def _round_revising(
 ) -> tuple[BlockScales, Tensor, Tensor]:
     """Round a super-group group by group; each chooses its sub-scales as it is entered.
 
+    Those of a codebook that are not `revisable` stay, and its vectors are rounded under them.
+
     Args:
         weights: Compensated weights of the super-group, float32 [rows, block].
         hessian: Damped H, [in, in].
@@ -144,7 +146,7 @@ def _round_revising(
             exact = _problem(work[:, own], hessian, factor, placed, "schur")
             together = round_vectors(exact, one.scale[:, 0], fmt)
         indices[:, own], errors[:, own] = _better_codes(
-            work[:, own], root[own, own], one, together, levels, alone=fmt.codebook is None
+            work[:, own], root[own, own], one, together, levels, by_column=fmt.codebook is None
         )
         work[:, later] -= errors[:, own] @ root[own, later]
     return scales, indices, errors
@@ -154,20 +156,23 @@ def _better_codes(
     weights: Tensor,
     root: Tensor,
     scales: BlockScales,
-    together: Tensor,
+    together: Tensor | None,
     levels: Tensor,
     *,
-    alone: bool,
+    by_column: bool,
 ) -> tuple[Tensor, Tensor]:
     """Of codes rounded in sequence and codes found together, in each row those of lower loss.
 
     The loss of a group whose later columns are free is the sum of its squared errors
-    ``(x - v) U^-1``, however its codes were found. Those of codebooks cannot be rounded `alone`.
+    ``(x - v) U^-1``, however its codes were found. Those of a codebook are not rounded
+    `by_column`.
     """
     size = weights.shape[1]
+    if together is None:
+        return round_block(weights, root, scales, levels, size)
     difference = weights - values_of(together, scales, levels, size)
     others = torch.linalg.solve_triangular(root, difference, upper=True, left=False)
-    if not alone:
+    if not by_column:
         return together, others
     indices, errors = round_block(weights, root, scales, levels, size)
     better = (others.square().sum(1) < errors.square().sum(1))[:, None]

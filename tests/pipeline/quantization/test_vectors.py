@@ -14,7 +14,7 @@ from exporters.gguf import pack
 from pipeline.errors import UnsupportedError
 from pipeline.kernels import fit_vectors
 from pipeline.kernels.twin import vectors as twin
-from pipeline.kernels.vectors import _blocks, upper_root
+from pipeline.kernels.vectors import _diagonal, upper_root
 from pipeline.quantization.formats import QuantizedTensor, get_format
 from pipeline.quantization.layer import LayerOptions, quantize_free, quantize_layer
 from pipeline.quantization.order import ColumnOrder
@@ -165,12 +165,11 @@ def test_compiled_form_and_twin_agree(name: str, given: bool) -> None:
     start = (scales[:, 1].contiguous(), near.level_indices)
     found = fit_vectors(w, M, scales, fmt, start=start if given else None, sweeps=3)
     book = fmt.codebook
-    halves = _blocks(M if name == "IQ3_XXS" else M[:0], book.places)
     expected = twin.fit_vectors(
         w,
         M,
         upper_root(M),
-        (*_blocks(M, book.unit), *halves),
+        _diagonal(M, book),
         scales,
         *start,
         given,

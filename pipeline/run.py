@@ -316,7 +316,8 @@ def plan(resolved: ResolvedRecipe, *, allow_pickle: bool = False) -> dict[str, t
     found = {}
     for name, shape in source.shapes.items():
         only = TypePlan({name: source.plan.types.get(name, "F32")}, ())
-        found[gguf_name(name)] = (only.types[name], only.size_bytes({name: shape}))
+        size = only.size_bytes({name: shape}, packed=resolved.recipe.onnx.packed)
+        found[gguf_name(name)] = (only.types[name], size)
     return found
 
 

@@ -48,7 +48,7 @@ def check_onnx(source: Source, recipe: Recipe) -> None:
     def unread(name: str) -> Content:
         raise ValueError(f"{name} is not to be read")
 
-    entries = _entries(source, unread)
+    entries = _entries(source, unread, recipe)
     decoder_model(source.checkpoint.config, entries, rotary_of(source), recipe.onnx.attention)
 
 
@@ -85,7 +85,7 @@ def export_onnx(folder: Path, model: QuantizedModel, recipe: Recipe) -> tuple[Pa
     path = write_onnx(
         folder,
         config=source.checkpoint.config,
-        entries=_entries(source, read),
+        entries=_entries(source, read, recipe),
         rotary=rotary_of(source),
         attention=recipe.onnx.attention,
         provenance={
@@ -113,10 +113,10 @@ def promise(kind: str, content: QuantizedTensor | torch.Tensor) -> dict[str, str
     }
 
 
-def _entries(source: Source, read: Callable[[str], Content]) -> list[WeightEntry]:
+def _entries(source: Source, read: Callable[[str], Content], recipe: Recipe) -> list[WeightEntry]:
     def entry(name: str, shape: tuple[int, ...]) -> WeightEntry:
         kind = source.plan.types.get(name, "F32")
-        return WeightEntry(name, kind, shape, lambda: read(name))
+        return WeightEntry(name, kind, shape, lambda: read(name), recipe.onnx.packed)
 
     return [entry(name, shape) for name, shape in source.shapes.items()]
 

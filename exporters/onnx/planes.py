@@ -32,7 +32,9 @@ def split(codes: NDArray[np.int8]) -> Planes:
         in lower bits.
     """
     unsigned = codes.astype(np.uint8)
-    return _packed(unsigned & 3, 2), _packed(unsigned >> 2, 1)
+    low: NDArray[np.uint8] = unsigned & np.uint8(3)
+    high: NDArray[np.uint8] = unsigned >> np.uint8(2)
+    return _packed(low, 2), _packed(high, 1)
 
 
 def join(low: NDArray[np.uint8], high: NDArray[np.uint8]) -> NDArray[np.int8]:

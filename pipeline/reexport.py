@@ -110,6 +110,8 @@ def _resolved(
         kind = getattr(finished, key)
         if kind is not None and not _held(kind, wanted):
             unset.append(f"{key}=")
+    if "onnx" in wanted:
+        unset.append("pure=false")  # else tables that are made anew would be of the one type, too
     kind = GGUF_NAMES.get(finished.type, finished.type) if "gguf" in wanted else finished.type
     options: dict[str, Any] = {"target": target, "type": kind, "onnx.attention": attention}
     if model is not None:

@@ -16,12 +16,13 @@ from exporters.onnx import read_onnx
 from pipeline.architectures.base import EMBEDDING, HEAD
 from pipeline.errors import InputError, UnsupportedError, VerificationError
 from pipeline.identity import identity_of
+from pipeline.order import Order
 from pipeline.progress import Progress
 from pipeline.quantization.formats import QuantizedTensor, get_format
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import ResolvedRecipe, load_recipe
 from pipeline.report import Report
-from pipeline.run import Order, carry_out, prepare
+from pipeline.run import carry_out, prepare
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.load import Source
 from pipeline.stages.model_files import ModelFile, model_files
@@ -129,7 +130,7 @@ def _held(kind: str, target: str) -> bool:
 
 def _adapted(source: Source, file: ModelFile, recipe: Recipe) -> Source:
     """The source with the types that the file has, where the targets hold them."""
-    kinds = {name: _type_in(file, name) for name in (*source.shapes, HEAD)}
+    kinds = {name: file.type_of(name) for name in (*source.shapes, HEAD)}
     types, replaced = dict(source.plan.types), []
     for name in (*types, *({HEAD} - types.keys())):
         kind = kinds[name]
@@ -151,11 +152,6 @@ def _adapted(source: Source, file: ModelFile, recipe: Recipe) -> Source:
     return replace(source, plan=plan, file_type=plan.most(source.checkpoint.shapes))
 
 
-def _type_in(file: ModelFile, name: str) -> str | None:
-    key = gguf_name(name) if file.target == "gguf" else name
-    return file.promised[key]["type"] if key in file.promised else None
-
-
 def _take_over(
     source: Source, file: ModelFile, run: RunDirectory, progress: Progress
 ) -> QuantizedModel:
@@ -173,7 +169,7 @@ def _take_over(
             stored = {}
             for name in names:
                 kind = source.plan.types[name]
-                anew = _type_in(file, name) not in (kind, *_other_names(kind))
+                anew = file.type_of(name) not in (kind, *_other_names(kind))
                 stored[name] = store_free(kind, source.read(name)) if anew else read(name)
                 if not anew:
                     stored[name] = renamed(stored[name], kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import numpy as np
 
 from exporters.gguf import gguf_name
 from pipeline import figures
-from pipeline.errors import InputError, QualityGateError, UsageError, VerificationError
+from pipeline.errors import InputError, QualityGateError, VerificationError
 from pipeline.identity import identity_of, identity_of_importance
+from pipeline.order import Order
 from pipeline.progress import Progress, memory_bytes
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import ResolvedRecipe, load_recipe
@@ -25,7 +26,14 @@ from pipeline.stages.export_onnx import check_onnx
 from pipeline.stages.file_gates import check_tokenizer
 from pipeline.stages.importance import importance_of, quantize_weighted
 from pipeline.stages.load import Source, open_source
-from pipeline.stages.model_files import ModelFile, climb_all, describe, model_files, write_models
+from pipeline.stages.model_files import (
+    ModelFile,
+    as_delivered,
+    climb_all,
+    describe,
+    model_files,
+    write_models,
+)
 from pipeline.stages.plan import TypePlan
 from pipeline.stages.quantize import QuantizedModel, quantize
 from pipeline.stages.repack import repack
@@ -95,36 +103,6 @@ def deploy(
     return carry_out(order, identity, resolved, source, texts, matrices, progress)
 
 
-@dataclass(frozen=True)
-class Order:
-    """Where a run's result goes, and how it deals with what is there.
-
-    Attributes:
-        output: Folder to create, absolute.
-        run_dir: Where finished blocks are kept; None: beside `output`, and removed after success.
-        overwrite: Replace an earlier output folder.
-        fresh: Ignore finished blocks.
-        command: The command line, for the model card.
-    """
-
-    output: Path
-    run_dir: Path | None
-    overwrite: bool
-    fresh: bool
-    command: str
-
-    @property
-    def folder(self) -> Path:
-        """Where finished blocks are kept."""
-        return _run_folder(self.output, self.run_dir)
-
-    def check(self) -> None:
-        """Find out before any work whether the result can be delivered. Raises PipelineError."""
-        _run_folder(self.output, self.run_dir)
-        if self.overwrite or not (self.output / OUTPUT_MARKER).is_file():
-            check_output(self.output, overwrite=self.overwrite)
-
-
 def carry_out(
     order: Order,
     identity: Mapping[str, Any],
@@ -168,19 +146,6 @@ def carry_out(
         if order.run_dir is None:
             run.delete()
     return replace(report, output=output)
-
-
-def _run_folder(output: Path, run_dir: Path | None) -> Path:
-    """Where finished blocks are kept; never a place that delivering would touch."""
-    if not output.name:
-        raise UsageError(f"the output {output} has no name", fix="give a folder: --output DIR")
-    folder = output.with_name(f"{output.name}.piso-run") if run_dir is None else run_dir.resolve()
-    if folder == output or output in folder.parents or folder in output.parents:
-        raise UsageError(
-            f"run directory {folder} and output {output} overlap",
-            fix="choose a --run-dir apart from the output",
-        )
-    return folder
 
 
 def _with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -356,6 +321,7 @@ def verify(
         progress.warning(notes[0])
     _stage(progress, "verify")
     files = model_files(folder, manifest, recipe)
+    source = as_delivered(source, files[0])
     with scratch_folder(folder) as scratch:
         ladder = climb_all(files, recipe, source, texts, scratch, progress)
     report = _report(ladder, files, source, manifest["report"]["counts"], progress)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeline import figures
-from pipeline.errors import QualityGateError, UsageError, VerificationError
+from pipeline.errors import QualityGateError, VerificationError
 from pipeline.progress import Progress, memory_bytes
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import ResolvedRecipe
@@ -24,7 +24,7 @@ from pipeline.stages.quantize import QuantizedModel
 from pipeline.stages.report import check_files, deliver
 from pipeline.stages.transform import keep_changes
 from pipeline.stages.verify import Ladder
-from pipeline.storage import OUTPUT_MARKER, check_free_space, check_output, publish
+from pipeline.storage import OUTPUT_MARKER, check_free_space
 from pipeline.versions import versions
 
 STAGES = ("load", "calibrate", "transform", "allocate", "quantize", "export", "verify", "report")
@@ -47,93 +47,6 @@ class _RejectedError(Exception):
     def __init__(self, report: Report) -> None:
         super().__init__("a parity gate is red")
         self.report = report
-
-
-@dataclass(frozen=True)
-class Order:
-    """Where a run's result goes, and how it deals with what is there.
-
-    Attributes:
-        output: Folder to create, absolute.
-        run_dir: Where finished blocks are kept; None: beside `output`, and removed after success.
-        overwrite: Replace an earlier output folder.
-        fresh: Ignore finished blocks.
-        command: The command line, for the model card.
-    """
-
-    output: Path
-    run_dir: Path | None
-    overwrite: bool
-    fresh: bool
-    command: str
-
-    @property
-    def folder(self) -> Path:
-        """Where finished blocks are kept."""
-        return run_folder(self.output, self.run_dir)
-
-    def check(self) -> None:
-        """Find out before any work whether the result can be delivered. Raises PipelineError."""
-        run_folder(self.output, self.run_dir)
-        if self.overwrite or not (self.output / OUTPUT_MARKER).is_file():
-            check_output(self.output, overwrite=self.overwrite)
-
-
-def carry_out(
-    order: Order,
-    identity: Mapping[str, Any],
-    resolved: ResolvedRecipe,
-    source: Source,
-    texts: Texts,
-    matrices: Matrices,
-    progress: Progress,
-) -> Report:
-    """Make the matrices in a run directory, then export, verify and publish them.
-
-    Args:
-        order: Where to.
-        identity: Everything that decides the matrices.
-        resolved: The recipe.
-        source: The checkpoint.
-        texts: Evaluation text.
-        matrices: Makes them.
-        progress: Told what happens.
-
-    Returns:
-        See `deploy`.
-    """
-    output, overwrite = order.output, order.overwrite
-    check_disk(order.folder, source, resolved.recipe)
-    with RunDirectory(order.folder, identity, fresh=order.fresh, warn=progress.warning) as run:
-        again = order.fresh or overwrite
-        report = None if again else _delivered(output, identity, resolved.recipe)
-        if report is None:
-            check_output(output, overwrite=overwrite)
-            model, allocation = matrices(run)
-            try:
-                with publish(output, overwrite=overwrite) as staging:
-                    record = {"command": order.command, "identity": identity}
-                    report = _finish(staging, model, resolved, texts, allocation, record, progress)
-            except _RejectedError as rejected:
-                return rejected.report
-        else:
-            progress.note(f"{output} is complete already: nothing was done again")
-        if order.run_dir is None:
-            run.delete()
-    return replace(report, output=output)
-
-
-def run_folder(output: Path, run_dir: Path | None) -> Path:
-    """Where finished blocks are kept; never a place that delivering would touch."""
-    if not output.name:
-        raise UsageError(f"the output {output} has no name", fix="give a folder: --output DIR")
-    folder = output.with_name(f"{output.name}.piso-run") if run_dir is None else run_dir.resolve()
-    if folder == output or output in folder.parents or folder in output.parents:
-        raise UsageError(
-            f"run directory {folder} and output {output} overlap",
-            fix="choose a --run-dir apart from the output",
-        )
-    return folder
 
 
 def check_disk(folder: Path, source: Source, recipe: Recipe) -> None:

@@ -14,9 +14,10 @@ import torch
 from exporters.gguf import gguf_name, unpack
 from exporters.onnx import read_onnx
 from pipeline.architectures.base import EMBEDDING, HEAD
-from pipeline.delivery import Order, carry_out, enter
+from pipeline.delivery import carry_out, enter
 from pipeline.errors import InputError, UnsupportedError, VerificationError
 from pipeline.identity import identity_of_run
+from pipeline.order import Order
 from pipeline.progress import Progress
 from pipeline.quantization.formats import QuantizedTensor, get_format
 from pipeline.recipe import Recipe
@@ -115,6 +116,8 @@ def _resolved(
         kind = getattr(finished, key)
         if kind is not None and not _held(kind, wanted):
             unset.append(f"{key}=")
+    if "onnx" in wanted:
+        unset.append("pure=false")  # else tables that are made anew would be of the one type, too
     kind = None if finished.budgeted else finished.weight_type
     if kind is not None and "gguf" in wanted:
         kind = GGUF_NAMES.get(kind, kind)
@@ -134,7 +137,7 @@ def _held(kind: str, target: str) -> bool:
 
 def _adapted(source: Source, file: ModelFile, recipe: Recipe) -> Source:
     """The source with the types that the file has, where the targets hold them."""
-    kinds = {name: _type_in(file, name) for name in (*source.shapes, HEAD)}
+    kinds = {name: file.type_of(name) for name in (*source.shapes, HEAD)}
     types, replaced = dict(source.plan.types), []
     for name in (*types, *({HEAD} - types.keys())):
         kind = kinds[name]
@@ -156,11 +159,6 @@ def _adapted(source: Source, file: ModelFile, recipe: Recipe) -> Source:
     return replace(source, plan=plan, file_type=plan.most(source.checkpoint.shapes))
 
 
-def _type_in(file: ModelFile, name: str) -> str | None:
-    key = gguf_name(name) if file.target == "gguf" else name
-    return file.promised[key]["type"] if key in file.promised else None
-
-
 def _take_over(
     source: Source, file: ModelFile, run: RunDirectory, progress: Progress
 ) -> QuantizedModel:
@@ -178,7 +176,7 @@ def _take_over(
             stored = {}
             for name in names:
                 kind = source.plan.types[name]
-                anew = _type_in(file, name) not in (kind, *_other_names(kind))
+                anew = file.type_of(name) not in (kind, *_other_names(kind))
                 stored[name] = store_free(kind, source.read(name)) if anew else read(name)
                 if not anew:
                     stored[name] = renamed(stored[name], kind)

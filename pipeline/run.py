@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from exporters.gguf import gguf_name
-from pipeline.delivery import Order, carry_out, check_disk, enter, report_of, run_folder
+from pipeline.delivery import carry_out, check_disk, enter, report_of
 from pipeline.errors import InputError
 from pipeline.identity import identity_of_importance, identity_of_run
+from pipeline.order import Order, run_folder
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import ResolvedRecipe, load_recipe
@@ -29,7 +30,7 @@ from pipeline.stages.export_onnx import check_onnx
 from pipeline.stages.file_gates import check_tokenizer
 from pipeline.stages.importance import importance_of, quantize_weighted
 from pipeline.stages.load import Source, open_source
-from pipeline.stages.model_files import climb_all, model_files
+from pipeline.stages.model_files import as_delivered, climb_all, model_files
 from pipeline.stages.plan import TypePlan
 from pipeline.stages.quantize import QuantizedModel, quantize
 from pipeline.stages.repack import repack
@@ -219,7 +220,8 @@ def plan(
     found = {}
     for name, shape in source.shapes.items():
         only = TypePlan({name: source.plan.types.get(name, "F32")}, ())
-        found[gguf_name(name)] = (only.types[name], only.size_bytes({name: shape}))
+        size = only.size_bytes({name: shape}, packed=resolved.recipe.onnx.packed)
+        found[gguf_name(name)] = (only.types[name], size)
     return found
 
 
@@ -262,6 +264,7 @@ def verify(
     source = transform(recipe, source, texts.calibration, Delivered(folder), progress)
     enter(progress, "verify")
     files = model_files(folder, manifest, recipe)
+    source = as_delivered(source, files[0])
     with scratch_folder(folder) as scratch:
         ladder = climb_all(files, recipe, source, texts, scratch, progress)
     report = report_of(ladder, files, source, manifest["report"]["counts"], progress)

@@ -45,12 +45,19 @@ class TinyModel:
     Args:
         family: Of the model.
         type_of: Type of a matrix by its name; after this the model holds the stored values.
+        packed: Store 3-bit codes as planes.
         **config: Settings of the transformers config.
     """
 
     def __init__(
-        self, family: str = "llama", type_of: Callable[[str], str] = lambda _: "F32", **config: Any
+        self,
+        family: str = "llama",
+        type_of: Callable[[str], str] = lambda _: "F32",
+        *,
+        packed: bool = False,
+        **config: Any,
     ) -> None:
+        self.packed = packed
         self.torch = random_model(family, **config)
         self.config = self.torch.config.to_dict()
         embedding = self.torch.model.rotary_emb
@@ -65,7 +72,13 @@ class TinyModel:
             solved = self.solved[name] = rounded(weight, kind)
             weight.data.copy_(solved.dequantize())
             self.entries.append(
-                WeightEntry(name, kind, tuple(weight.shape), lambda: integer_weight(solved, name))
+                WeightEntry(
+                    name,
+                    kind,
+                    tuple(weight.shape),
+                    lambda: integer_weight(solved, name),
+                    self.packed,
+                )
             )
             return
         if kind == "F16":

@@ -112,8 +112,13 @@ def storage_of(fmt: Format, shape: tuple[int, ...], name: str = "a matrix") -> S
     return Storage(bits, group, negated, fmt.zero_points)
 
 
-def row_bytes(fmt: Format, width: int) -> int:
+def row_bytes(fmt: Format, width: int, *, packed: bool = False) -> int:
     """Bytes of a row of `width` inputs, scales included.
+
+    Args:
+        fmt: The format.
+        width: Inputs.
+        packed: 3 bits lie in planes, not in a container of 4.
 
     Raises:
         UnsupportedError: See `storage_of`.
@@ -121,7 +126,8 @@ def row_bytes(fmt: Format, width: int) -> int:
     storage = storage_of(fmt, (OUTPUTS_AT_2_BITS, width))
     groups = width // storage.group
     zeros = -(-groups * storage.bits // 8) if storage.unsigned else 0
-    return width * storage.bits // 8 + 2 * groups + zeros
+    bits = 3 if packed and len(fmt.levels) == 8 else storage.bits
+    return width * bits // 8 + 2 * groups + zeros
 
 
 def _width(fmt: Format) -> tuple[int, bool] | None:

@@ -13,6 +13,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 QUANTIZED, SCALE, ZERO = "_quantized", "_scale", "_zero_point"
 """Ends of the names of a quantized weight's parts, as ONNX Runtime's own quantizer has them."""
 
+LOW, HIGH = "_quantized_low", "_quantized_high"
+"""Likewise of the two planes of packed 3-bit codes."""
+
 PROVENANCE = "piso."
 """What the keys of our metadata start with."""
 

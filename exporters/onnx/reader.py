@@ -15,8 +15,9 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 from onnx import external_data_helper, numpy_helper
 
+from exporters.onnx import planes
 from exporters.onnx.integers import IntegerWeight, quantized_tensor, storage_of
-from exporters.onnx.names import DATA, EMBEDDING, QUANTIZED, SCALE, TYPES, ZERO
+from exporters.onnx.names import DATA, EMBEDDING, HIGH, LOW, QUANTIZED, SCALE, TYPES, ZERO
 from exporters.onnx.weights import FLOATS, INTEGERS, UNSIGNED
 from pipeline.errors import InputError, PipelineError
 from pipeline.quantization.formats import QuantizedTensor, get_format
@@ -46,7 +47,7 @@ class OnnxFile:
         kind = self.types.get(name, "F32")
         if kind in FLOATS:
             raise InputError(f"{self.path}: {name} is not quantized")
-        codes, scales = self._array(name + QUANTIZED), self._array(name + SCALE)
+        codes, scales = self._codes(name, kind), self._array(name + SCALE)
         if name != EMBEDDING:  # the only one that lies as rows
             codes, scales = codes.T, scales.T
         try:
@@ -69,6 +70,16 @@ class OnnxFile:
             raise InputError(
                 f"{self.path}: {name} is not the {kind} announced", why=str(error)
             ) from error
+
+    def _codes(self, name: str, kind: str) -> NDArray[np.generic]:
+        """Stored integers, from planes in their container."""
+        if name + LOW not in self._tensors:
+            return self._array(name + QUANTIZED)
+        low, high = self._array(name + LOW), self._array(name + HIGH)
+        codes = planes.join(low.astype(np.uint8, copy=False), high.astype(np.uint8, copy=False))
+        if kind.startswith("U"):
+            return codes.astype(UNSIGNED[4][1])
+        return (codes - np.int8(planes.OFFSET)).astype(INTEGERS[4][1])
 
     def floats(self, name: str) -> NDArray[np.float32]:
         """A tensor that is not quantized, float32 in the shape of the checkpoint.

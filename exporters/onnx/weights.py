@@ -10,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from exporters.onnx import planes
 from exporters.onnx.graph_builder import GraphBuilder
 from exporters.onnx.integers import IntegerWeight, Storage, storage_of
-from exporters.onnx.names import EMBEDDING, HEAD, QUANTIZED, SCALE, ZERO
+from exporters.onnx.names import EMBEDDING, HEAD, HIGH, LOW, QUANTIZED, SCALE, ZERO
 from pipeline.errors import InputError, UnsupportedError, VerificationError
 from pipeline.quantization.formats import get_format
 
@@ -41,6 +42,8 @@ class WeightEntry:
         name: Hugging Face name.
         type: F32, F16, or the name of a format that `storage_of` takes.
         shape: As in the checkpoint: [n], or [out, in].
+        packed: Store 3-bit codes as planes (see `exporters.onnx.planes`) and not in a container of
+            4 bits; no matter for other types.
         read: Gives the data: float32 of `shape` for F32 and F16, else an `IntegerWeight`. May be
             called more than once, and only while the file is written.
     """
@@ -49,6 +52,7 @@ class WeightEntry:
     type: str
     shape: tuple[int, ...]
     read: Callable[[], Content]
+    packed: bool = False
 
     @property
     def storage(self) -> Storage | None:
@@ -56,6 +60,12 @@ class WeightEntry:
         if self.type in FLOATS:
             return None
         return storage_of(get_format(self.type), self.shape, self.name)
+
+    @property
+    def in_planes(self) -> bool:
+        """Whether there are 3-bit codes to store as planes."""
+        quantized = self.type not in FLOATS
+        return self.packed and quantized and len(get_format(self.type).levels) == planes.LEVELS
 
 
 def check_table(entry: WeightEntry) -> None:
@@ -193,11 +203,37 @@ class Weights:
             return (make("", FLOATS[entry.type], width, lambda: self._floats(entry, numpy)),)
         dtype, packed = (UNSIGNED if storage.unsigned else INTEGERS)[storage.bits]
         groups = width // storage.group
-        codes = make(QUANTIZED, dtype, width, lambda: self._integers(entry).codes.astype(packed))
+        if entry.in_planes:
+            codes = self._joined(entry)
+        else:
+            codes = make(
+                QUANTIZED, dtype, width, lambda: self._integers(entry).codes.astype(packed)
+            )
         scales = make(SCALE, FLOATS["F16"], groups, lambda: self._integers(entry).scales)
         if not storage.unsigned:
             return codes, scales
         return codes, scales, make(ZERO, dtype, groups, lambda: self._zeros(entry).astype(packed))
+
+    def _joined(self, entry: WeightEntry) -> ir.Value:
+        """Codes [in, out] from two planes."""
+        rows, width = entry.shape
+        signed = not _quantized(entry).unsigned
+        offset = planes.OFFSET if signed else 0
+
+        def plane(n: int) -> NDArray[np.uint8]:
+            return planes.split((self._integers(entry).codes + np.int8(offset)).T)[n]
+
+        low, high = (
+            self._build.initializer(
+                entry.name + suffix,
+                ir.DataType.UINT8,
+                (width // each, rows),
+                lambda n=n: plane(n),  # type: ignore[misc]
+            )
+            for n, (suffix, each) in enumerate(((LOW, 4), (HIGH, 8)))
+        )
+        shape = (width, rows)
+        return planes.joined(self._build, low, high, shape, entry.name, signed=signed)
 
     def _entry(self, name: str) -> WeightEntry:
         if name not in self._entries:

@@ -51,7 +51,7 @@ def check_onnx(source: Source, recipe: Recipe) -> None:
     def unread(name: str) -> Content:
         raise ValueError(f"{name} is not to be read")
 
-    entries = _entries(source, unread)
+    entries = _entries(source, unread, recipe)
     config, attention = source.checkpoint.config, recipe.onnx.attention
     decoder_model(config, entries, rotary_of(source), attention)
 
@@ -89,7 +89,7 @@ def export_onnx(folder: Path, model: QuantizedModel, recipe: Recipe) -> tuple[Pa
     path = write_onnx(
         folder,
         config=source.checkpoint.config,
-        entries=_entries(source, read),
+        entries=_entries(source, read, recipe),
         rotary=rotary_of(source),
         attention=recipe.onnx.attention,
         inner_rotation=_inner_rotation(source),
@@ -118,10 +118,10 @@ def promise(kind: str, content: QuantizedTensor | torch.Tensor) -> dict[str, str
     }
 
 
-def _entries(source: Source, read: Callable[[str], Content]) -> list[WeightEntry]:
+def _entries(source: Source, read: Callable[[str], Content], recipe: Recipe) -> list[WeightEntry]:
     def entry(name: str, shape: tuple[int, ...]) -> WeightEntry:
         kind = source.plan.types.get(name, "F32")
-        return WeightEntry(name, kind, shape, lambda: read(name))
+        return WeightEntry(name, kind, shape, lambda: read(name), recipe.onnx.packed)
 
     return [entry(name, shape) for name, shape in source.shapes.items()]
 

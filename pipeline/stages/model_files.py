@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from exporters.gguf import gguf_name
 from exporters.onnx.names import DATA
+from pipeline.architectures.base import HEAD
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.report import Gate, Quality
@@ -15,6 +17,7 @@ from pipeline.stages.calibrate import Texts
 from pipeline.stages.export import export
 from pipeline.stages.export_onnx import export_onnx
 from pipeline.stages.load import Source
+from pipeline.stages.plan import TypePlan
 from pipeline.stages.quantize import QuantizedModel
 from pipeline.stages.verify import Ladder, climb
 from pipeline.stages.verify_onnx import climb_onnx
@@ -33,6 +36,12 @@ class ModelFile:
     target: str
     path: Path
     promised: Mapping[str, Any]
+
+    def type_of(self, name: str) -> str | None:
+        """Type of a matrix by its Hugging Face name; None if the file has no such tensor."""
+        key = gguf_name(name) if self.target == "gguf" else name
+        kind: str | None = self.promised[key]["type"] if key in self.promised else None
+        return kind
 
     @property
     def size_bytes(self) -> int:
@@ -87,6 +96,14 @@ def climb_all(
             break
     # Both climb from the same full precision and twin: rows of these would appear twice.
     return Ladder(tuple(gates), tuple(dict.fromkeys(qualities)))
+
+
+def as_delivered(source: Source, file: ModelFile) -> Source:
+    """The source with the types that a file has: what was taken over from another file may have
+    tables of other types than the recipe's rules give."""
+    types = {name: file.type_of(name) for name in (*source.plan.types, HEAD)}
+    known = {name: kind for name, kind in types.items() if kind is not None}
+    return replace(source, plan=TypePlan(known, source.plan.replaced))
 
 
 def describe(files: list[ModelFile]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from exporters.onnx import OnnxFile, read_onnx
+from pipeline.architectures.base import EMBEDDING, HEAD
 from pipeline.errors import InputError
 from pipeline.figures import size
 from pipeline.progress import Progress
@@ -146,14 +147,9 @@ def _tokens_gate(runner: OnnxRuntime, source: Source, texts: Texts) -> Gate:
 
 def _census_gate(runtime: str, census: Census, source: Source) -> Gate:
     """What ONNX Runtime made of the linears: of quantized ones MatMulNBits, all of them."""
-    kinds = {**source.plan.types}
-    if source.head in kinds:
-        kinds["output"] = kinds[source.head]
-    tables = {name for name in source.plan.types if len(source.shapes[name]) == 2} & set(kinds)
-    linears = [
-        kind
-        for name, kind in kinds.items()
-        if name == "output" or (name in tables and ".layers." in name)
+    kinds = source.plan.types
+    linears = [kinds[name] for name in kinds if name not in (EMBEDDING, HEAD)] + [
+        kinds[source.head]
     ]
     quantized = sum(kind not in FLOAT_TYPES for kind in linears)
     wanted = Census(quantized, len(linears) - quantized, 0)

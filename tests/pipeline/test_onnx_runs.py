@@ -254,6 +254,9 @@ def test_tables_that_the_target_cannot_hold_are_made_anew_and_counted(tmp_path: 
     assert report.exit_code == 0
     assert report.counts["types replaced"] == 1
     assert any("Q5_0 -> Q8_0 (made anew" in note for note in report.notes)
+    again = check(tmp_path / "onnx")
+    assert again.exit_code == 0
+    assert [g.claim for g in again.gates] == [g.claim for g in report.gates]
     matrix = "model.layers.0.mlp.down_proj.weight"
     before, after = (manifest_of(tmp_path / name)["tensors"] for name in ("gguf", "onnx"))
     assert before[gguf_name(matrix)]["sha256_float32"] == after[matrix]["sha256_float32"]

@@ -61,6 +61,7 @@ OTHER_VALUES: dict[str, Any] = {
     "evaluation.chunks": 4,
     "evaluation.gptq_context": 256,
     "onnx.attention": "gqa",
+    "onnx.packed": True,
     "gates.twin": 1e-4,
     "gates.logits": 1e-2,
     "gates.kernels_rms": 1e-3,

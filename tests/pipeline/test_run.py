@@ -16,6 +16,7 @@ from pipeline.cli import main
 from pipeline.errors import InputError, UnsupportedError
 from pipeline.progress import open_progress
 from pipeline.run_directory import RunDirectory
+from pipeline.stages import model_files
 from pipeline.stages import verify as ladder
 from tests.deploying import SMALL, deploy, digest_of_model
 from tests.tiny import make_checkpoint, trained_checkpoint
@@ -158,7 +159,7 @@ def test_the_bytes_gate_is_red_for_a_file_that_is_not_what_the_solver_decided(
         first = next(iter(promised))
         return climb(path, promised | {first: {**promised[first], "sha256_float32": "0"}}, *args)
 
-    monkeypatch.setattr(run, "climb", other_promise)
+    monkeypatch.setattr(model_files, "climb", other_promise)
     report = check(delivered)
     assert report.exit_code == 14
     assert {g.level for g in report.red()} == {"bytes"}

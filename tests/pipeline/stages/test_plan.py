@@ -105,6 +105,8 @@ def test_sizes_of_integer_types_are_those_of_the_file(tmp_path: Path) -> None:
     for kind, nbytes in (("INT3_G64", 4 / 8 + 2 / 64), ("INT2_G128", 2 / 8 + 2 / 128)):
         found = plan(folder, target="onnx", type=kind)
         assert found.size_bytes(shapes) == 512 * 256 * nbytes
+    found = plan(folder, target="onnx", type="INT3_G64")
+    assert found.size_bytes(shapes, packed=True) == 512 * 256 * (3 / 8 + 2 / 64)
 
 
 @pytest.mark.parametrize("text", ["Q8_0", "=Q8_0", "attn=Q9_9", "(=Q8_0"])

@@ -22,6 +22,10 @@ class Moments:
     Batches are multiplied in float32 and added in float64: the sums do not lose small batches, and
     every batch has the same shape on every run, so the same bits come out.
 
+    Attributes:
+        sums: Over tokens: ``quantized`` x_q, ``reference`` x (x_q without a float stream),
+            ``target`` what stands for x in G, ``lost`` r - r_q.
+
     Args:
         width: Number of inputs.
         cross: Whether the float model's inputs are given too.
@@ -48,6 +52,12 @@ class Moments:
         self.cross = zeros(width, width) if cross else None
         self.mismatch = zeros(width, width) if mismatch else None
         self.residual = zeros(width, hidden) if hidden else None
+        self.sums = {
+            "quantized": zeros(width),
+            "reference": zeros(width),
+            "target": zeros(width),
+            "lost": zeros(hidden),
+        }
         self.tokens = 0
         self._name = name
 
@@ -58,7 +68,22 @@ class Moments:
             mine, theirs = getattr(self, name), getattr(other, name)
             setattr(both, name, None if mine is None or theirs is None else mine + theirs)
         both.tokens = self.tokens + other.tokens
+        both.sums = {name: value + other.sums[name] for name, value in self.sums.items()}
         return both
+
+    def centred(self) -> Moments:
+        """The moments about the means: of what is left where a bias takes care of the means."""
+        about = copy(self)
+        q, x, t, lost = (self.sums[n] for n in ("quantized", "reference", "target", "lost"))
+        d, count = x - q, max(self.tokens, 1)
+        about.hessian = self.hessian - q[:, None] * q / count
+        if self.cross is not None:
+            about.cross = self.cross - q[:, None] * t / count
+        if self.mismatch is not None:
+            about.mismatch = self.mismatch - d[:, None] * d / count
+        if self.residual is not None:
+            about.residual = self.residual - q[:, None] * lost / count
+        return about
 
     def add(
         self,
@@ -85,8 +110,11 @@ class Moments:
         """
         Xq = self._checked(quantized, "quantized", first_sample)
         _add_gram(self.hessian, Xq)
+        mean = Xq.sum(0, dtype=torch.float64)
+        self.sums["quantized"] += mean
         if self.cross is not None and reference is not None:
             X = self._checked(reference, "float", first_sample)
+            self.sums["reference"] += X.sum(0, dtype=torch.float64)
             if self.mismatch is not None:
                 _add_gram(self.mismatch, X - Xq)
             if coefficients is not None:
@@ -94,11 +122,16 @@ class Moments:
                     raise ValueError("one coefficient per sample is needed")
                 share = coefficients.to(Xq).repeat_interleave(len(Xq) // len(quantized))
                 X = Xq + share[:, None] * (X - Xq)
+            self.sums["target"] += X.sum(0, dtype=torch.float64)
             self.cross += Xq.T @ X
             if self.residual is not None and lost is not None:
                 self.residual += Xq.T @ lost.flatten(0, 1)
+                self.sums["lost"] += lost.flatten(0, 1).sum(0, dtype=torch.float64)
         elif self.mismatch is not None or coefficients is not None:
             raise ValueError("a mismatch needs the float model's inputs and their products G")
+        else:
+            self.sums["reference"] += mean
+            self.sums["target"] += mean
         self.tokens += len(Xq)
 
     def _checked(self, inputs: Tensor, stream: str, first_sample: int) -> Tensor:

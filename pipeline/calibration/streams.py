@@ -100,6 +100,14 @@ class SiteMoments:
     halves: tuple[Moments, Moments] | None = None
     held_out: Moments | None = None
 
+    def centred(self) -> SiteMoments:
+        """All of them about their means."""
+        halves = (
+            None if self.halves is None else (self.halves[0].centred(), self.halves[1].centred())
+        )
+        apart = None if self.held_out is None else self.held_out.centred()
+        return SiteMoments(self.solving.centred(), halves, apart)
+
 
 @dataclass(frozen=True)
 class MomentOptions:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.calibration.moments import Moments
 from pipeline.calibration.streams import SiteMoments, Stream, site_moments
 from pipeline.errors import ResourceError
 from pipeline.quantization.formats import QuantizedTensor, get_format
@@ -42,6 +43,8 @@ class WalkSettings:
             see `pipeline.stages.mismatch_share`; ``options.mismatch`` multiplies it.
         seed: Seed of sampled shares.
         magr: Strength of MagR, see `pipeline.transforms.magr`; losses are those of its weights.
+        bias_correction: Whether linears that have a bias get the one that makes the mean of their
+            outputs right; losses are then about the means.
     """
 
     options: LayerOptions = field(default_factory=LayerOptions)
@@ -53,6 +56,7 @@ class WalkSettings:
     mismatch_estimate: Estimate = "fixed"
     seed: int = 0
     magr: float = 0.0
+    bias_correction: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,13 @@ class SolvedSite:
         stored: The matrices.
         record: Figures for the manifest.
         importance: Mean square of each input, float32 [in], as an importance matrix has it.
+        biases: Corrected biases by Hugging Face name, float32 [out].
     """
 
     stored: dict[str, StoredTensor]
     record: dict[str, Any]
     importance: Tensor
+    biases: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Walk:
@@ -116,13 +122,19 @@ class Walk:
         """Number of decoder blocks."""
         return self._float.n_blocks
 
-    def replay(self, index: int, stored: Mapping[str, StoredTensor]) -> None:
+    def replay(
+        self,
+        index: int,
+        stored: Mapping[str, StoredTensor],
+        biases: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Move both streams past a block that was solved before."""
         if self._float_stream is not None:
             self._float_stream.pass_block(self._float.block(index))
         block = self._float.block(index)
         for name, tensor in stored.items():
             _set(block, _relative(name), tensor.dequantize().to(self._device))
+        self._set_biases(block, biases or {})
         self._quantized_stream.pass_block(block)
 
     def solve(self, index: int) -> Iterator[SolvedSite]:
@@ -134,10 +146,16 @@ class Walk:
             solved = self._solve_site(index, site.name, site.linears, quantized, moments)
             for name, tensor in solved.stored.items():
                 _set(quantized, _relative(name), tensor.dequantize().to(self._device))
+            self._set_biases(quantized, solved.biases)
             self._quantized_stream.pass_site(quantized, site.name)
             if reference is not None and self._float_stream is not None:
                 self._float_stream.pass_site(reference, site.name)
             yield solved
+
+    def _set_biases(self, block: DecoderBlock, biases: Mapping[str, Tensor]) -> None:
+        for name, bias in biases.items():
+            linear = block.linear(name.split(".", 3)[3].removesuffix(".bias"))
+            linear.bias = nn.Parameter(bias.to(self._device), requires_grad=False)
 
     def _moments(
         self, index: int, site: str, quantized: DecoderBlock, reference: DecoderBlock | None
@@ -163,6 +181,11 @@ class Walk:
         block: DecoderBlock,
         moments: SiteMoments,
     ) -> SolvedSite:
+        uncentred = moments.solving
+        if self._settings.bias_correction and all(
+            block.linear(name).bias is not None for name in linears
+        ):
+            moments = moments.centred()
         solving, apart = moments.solving, moments.held_out
         objective = LayerObjective.from_moments(
             solving.hessian,
@@ -204,8 +227,31 @@ class Walk:
             results.append(result)
             parts = split_rows(result.quantized, [len(weights[n]) for n in names])
             stored |= {n: StoredTensor(kind, p) for n, p in zip(names, parts, strict=True)}
-        means = (solving.hessian.diagonal() / solving.tokens).float().cpu()
-        return SolvedSite(stored, _record(index, site, results, solving.tokens, objective), means)
+        means = (uncentred.hessian.diagonal() / solving.tokens).float().cpu()
+        record = _record(index, site, results, solving.tokens, objective)
+        return SolvedSite(stored, record, means, self._biases(block, stored, uncentred))
+
+    def _biases(
+        self, block: DecoderBlock, stored: Mapping[str, StoredTensor], moments: Moments
+    ) -> dict[str, Tensor]:
+        """``b + W mean(x) - V mean(x_q)``, and what the stream lost in the mean as far as it is
+        corrected: the best intercepts, given the codes."""
+        if not self._settings.bias_correction:
+            return {}
+        x, xq, lost = (
+            moments.sums[n] / max(moments.tokens, 1) for n in ("reference", "quantized", "lost")
+        )
+        found = {}
+        for name, tensor in stored.items():
+            linear = block.linear(_relative(name))
+            if linear.bias is None:
+                continue
+            V = tensor.dequantize().to(self._device).double()
+            bias = linear.bias.double() + linear.weight.double() @ x - V @ xq
+            if len(lost):
+                bias += self._settings.options.stream_correction * lost
+            found[name.removesuffix("weight") + "bias"] = bias.float().cpu()
+        return found
 
 
 def choose_device(wanted: str) -> torch.device:

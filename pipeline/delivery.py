@@ -49,6 +49,50 @@ class _RejectedError(Exception):
         self.report = report
 
 
+def carry_out(
+    order: Order,
+    identity: Mapping[str, Any],
+    resolved: ResolvedRecipe,
+    source: Source,
+    texts: Texts,
+    matrices: Matrices,
+    progress: Progress,
+) -> Report:
+    """Make the matrices in a run directory, then export, verify and publish them.
+
+    Args:
+        order: Where to.
+        identity: Everything that decides the matrices.
+        resolved: The recipe.
+        source: The checkpoint.
+        texts: Evaluation text.
+        matrices: Makes them.
+        progress: Told what happens.
+
+    Returns:
+        See `deploy`.
+    """
+    output, overwrite = order.output, order.overwrite
+    check_disk(order.folder, source, resolved.recipe)
+    with RunDirectory(order.folder, identity, fresh=order.fresh, warn=progress.warning) as run:
+        again = order.fresh or overwrite
+        report = None if again else _delivered(output, identity, resolved.recipe)
+        if report is None:
+            check_output(output, overwrite=overwrite)
+            model, allocation = matrices(run)
+            try:
+                with publish(output, overwrite=overwrite) as staging:
+                    record = {"command": order.command, "identity": identity}
+                    report = _finish(staging, model, resolved, texts, allocation, record, progress)
+            except _RejectedError as rejected:
+                return rejected.report
+        else:
+            progress.note(f"{output} is complete already: nothing was done again")
+        if order.run_dir is None:
+            run.delete()
+    return replace(report, output=output)
+
+
 def check_disk(folder: Path, source: Source, recipe: Recipe) -> None:
     """Refuse a disk that would be full before the end. Raises ResourceError."""
     measured = disk_bytes(source, recipe) if recipe.budgeted else 0

@@ -68,6 +68,11 @@ class Quantization(Frozen):
         le=1,
         description="MagR: penalty on the largest weight of each row before codes are chosen.",
     )
+    bias_correction: bool = Field(
+        default=False,
+        description="Give linears the bias that makes the mean of their outputs right; the rest of "
+        "the error is then minimized about its mean.",
+    )
     damping: float = Field(
         default=0.01, ge=0, le=1, description="Added to H's diagonal, as a fraction of its mean."
     )

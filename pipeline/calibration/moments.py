@@ -22,6 +22,12 @@ class Moments:
     Batches are multiplied in float32 and added in float64: the sums do not lose small batches, and
     every batch has the same shape on every run, so the same bits come out.
 
+    Attributes:
+        sums: Over tokens: ``quantized`` x_q, ``reference`` x (x_q without a float stream),
+            ``target`` what stands for x in G, ``lost`` r - r_q.
+        tokens: How many there were.
+        weight: Sum of their weights, the number of tokens without.
+
     Args:
         width: Number of inputs.
         cross: Whether the float model's inputs are given too.
@@ -48,7 +54,14 @@ class Moments:
         self.cross = zeros(width, width) if cross else None
         self.mismatch = zeros(width, width) if mismatch else None
         self.residual = zeros(width, hidden) if hidden else None
+        self.sums = {
+            "quantized": zeros(width),
+            "reference": zeros(width),
+            "target": zeros(width),
+            "lost": zeros(hidden),
+        }
         self.tokens = 0
+        self.weight = 0.0
         self._name = name
 
     def __add__(self, other: Moments) -> Moments:
@@ -57,8 +70,23 @@ class Moments:
         for name in ("hessian", "cross", "mismatch", "residual"):
             mine, theirs = getattr(self, name), getattr(other, name)
             setattr(both, name, None if mine is None or theirs is None else mine + theirs)
-        both.tokens = self.tokens + other.tokens
+        both.tokens, both.weight = self.tokens + other.tokens, self.weight + other.weight
+        both.sums = {name: value + other.sums[name] for name, value in self.sums.items()}
         return both
+
+    def centred(self) -> Moments:
+        """The moments about the means: of what is left where a bias takes care of the means."""
+        about = copy(self)
+        q, x, t, lost = (self.sums[n] for n in ("quantized", "reference", "target", "lost"))
+        d, count = x - q, self.weight or 1.0
+        about.hessian = self.hessian - q[:, None] * q / count
+        if self.cross is not None:
+            about.cross = self.cross - q[:, None] * t / count
+        if self.mismatch is not None:
+            about.mismatch = self.mismatch - d[:, None] * d / count
+        if self.residual is not None:
+            about.residual = self.residual - q[:, None] * lost / count
+        return about
 
     def add(
         self,
@@ -67,6 +95,7 @@ class Moments:
         first_sample: int,
         coefficients: Tensor | None = None,
         lost: Tensor | None = None,
+        weights: Tensor | None = None,
     ) -> None:
         """Add one batch.
 
@@ -78,15 +107,20 @@ class Moments:
                 ``x_q + a (x - x_q)`` there (`sampled_alpha`). None is all of it.
             lost: ``r - r_q``, what the quantized residual stream lost so far, [samples, length,
                 hidden], or None.
+            weights: How much each token counts, [samples, length]; None is 1.
 
         Raises:
             InputError: An input is NaN or Inf; names the site, the stream and the sample.
             ValueError: Not one coefficient per sample, or coefficients or mismatch without G.
         """
-        Xq = self._checked(quantized, "quantized", first_sample)
+        root = None if weights is None else weights.reshape(-1, 1).to(quantized).sqrt()
+        Xq = _scaled(self._checked(quantized, "quantized", first_sample), root)
         _add_gram(self.hessian, Xq)
+        mean = _total(Xq, root)
+        self.sums["quantized"] += mean
         if self.cross is not None and reference is not None:
-            X = self._checked(reference, "float", first_sample)
+            X = _scaled(self._checked(reference, "float", first_sample), root)
+            self.sums["reference"] += _total(X, root)
             if self.mismatch is not None:
                 _add_gram(self.mismatch, X - Xq)
             if coefficients is not None:
@@ -94,12 +128,19 @@ class Moments:
                     raise ValueError("one coefficient per sample is needed")
                 share = coefficients.to(Xq).repeat_interleave(len(Xq) // len(quantized))
                 X = Xq + share[:, None] * (X - Xq)
+            self.sums["target"] += _total(X, root)
             self.cross += Xq.T @ X
             if self.residual is not None and lost is not None:
-                self.residual += Xq.T @ lost.flatten(0, 1)
+                R = _scaled(lost.flatten(0, 1), root)
+                self.residual += Xq.T @ R
+                self.sums["lost"] += _total(R, root)
         elif self.mismatch is not None or coefficients is not None:
             raise ValueError("a mismatch needs the float model's inputs and their products G")
+        else:
+            self.sums["reference"] += mean
+            self.sums["target"] += mean
         self.tokens += len(Xq)
+        self.weight += len(Xq) if weights is None else float(weights.double().sum())
 
     def _checked(self, inputs: Tensor, stream: str, first_sample: int) -> Tensor:
         flat = inputs.reshape(-1, inputs.shape[-1])
@@ -114,6 +155,16 @@ class Moments:
                     fix="look at that sample's text, and at the weights before this layer",
                 )
         return flat
+
+
+def _scaled(X: Tensor, root: Tensor | None) -> Tensor:
+    """Inputs times the roots of their tokens' weights: all sums are bilinear in such rows."""
+    return X if root is None else root * X
+
+
+def _total(X: Tensor, root: Tensor | None) -> Tensor:
+    """Weighted sum of inputs that are scaled by the roots already."""
+    return _scaled(X, root).sum(0, dtype=torch.float64)
 
 
 def _add_gram(total: Tensor, X: Tensor) -> None:

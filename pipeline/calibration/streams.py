@@ -104,6 +104,14 @@ class SiteMoments:
     halves: tuple[Moments, Moments] | None = None
     held_out: Moments | None = None
 
+    def centred(self) -> SiteMoments:
+        """All of them about their means."""
+        halves = (
+            None if self.halves is None else (self.halves[0].centred(), self.halves[1].centred())
+        )
+        apart = None if self.held_out is None else self.held_out.centred()
+        return SiteMoments(self.solving.centred(), halves, apart)
+
 
 @dataclass(frozen=True)
 class MomentOptions:
@@ -165,12 +173,8 @@ def site_moments(
                 name=name,
                 device=inputs.device,
             )
-        if weights is not None:
-            # All sums are bilinear in these three.
-            root = weights[sample : sample + len(inputs)].to(inputs).sqrt()[..., None]
-            inputs = root * inputs
-            other, lost = (None if t is None else root * t for t in (other, lost))
-        sums[parts[batch]].add(inputs, other, sample, coefficients, lost)
+        part = None if weights is None else weights[sample : sample + len(inputs)]
+        sums[parts[batch]].add(inputs, other, sample, coefficients, lost, part)
         sample += len(inputs)
     apart = sums.pop("held out", None)
     if not sums:

@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ from pipeline.checkpoint.packed import PackedMatrix, find_scheme, unpacked
 from pipeline.checkpoint.source import METADATA_FILES, fetch_weights, locate
 from pipeline.checkpoint.tying import find_tie
 from pipeline.checkpoint.validation import check_tensors, unexpected_notes
-from pipeline.checkpoint.weights import Weights, find_weights
+from pipeline.checkpoint.weights import Load, Weights, find_weights
 from pipeline.errors import InputError
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Checkpoint:
         notes: What the user should know; nothing that stops a run.
         packed: Matrices that are stored as 4-bit integers and scales already, by name. `read` gives
             what they stand for.
-        head_copied: Whether the head is a copy of the embedding that the files do not hold.
+        added: Tensors that the files do not hold: a copied head, biases of zero.
     """
 
     source: str
@@ -51,7 +51,7 @@ class Checkpoint:
     notes: tuple[str, ...]
     _weights: Weights
     packed: Mapping[str, PackedMatrix] = field(default_factory=dict)
-    head_copied: bool = False
+    added: frozenset[str] = frozenset()
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -97,9 +97,8 @@ class Checkpoint:
 
     @property
     def num_parameters(self) -> int:
-        """Weights and biases; a tied head counts once, whether it is copied or not."""
-        copied = math.prod(self.shapes[HEAD]) if self.head_copied else 0
-        return sum(math.prod(shape) for shape in self.shapes.values()) - copied
+        """Weights and biases of the files; a tied head counts once, whether it is copied or not."""
+        return sum(math.prod(shape) for n, shape in self.shapes.items() if n not in self.added)
 
     def untied(self) -> Checkpoint:
         """The same model with a tied head as a matrix of its own: a copy of the embedding."""
@@ -110,7 +109,27 @@ class Checkpoint:
             tied=False,
             config={**self.config, "tie_word_embeddings": False},
             _weights=replace(self._weights, tensors=tensors, loaders=loaders),
-            head_copied=True,
+            added=self.added | {HEAD},
+        )
+
+    def with_biases(self) -> Checkpoint:
+        """The same model with a bias, of zero where it has none, wherever its family has a flag for
+        one; itself if there is no such flag."""
+        import torch
+
+        flags = {rule for rule in self.architecture.biases.values() if isinstance(rule, str)}
+        config = {**self.config, **dict.fromkeys(flags, True)}
+        shapes = self.architecture.tensors(config)
+        new = {name: shape for name, shape in shapes.items() if name not in self.shapes}
+        some = next(iter(self._weights.tensors.values()))
+        tensors = {**self._weights.tensors, **dict.fromkeys(new, replace(some, nbytes=0))}
+        loaders: dict[str, Load] = dict(self._weights.loaders)
+        loaders |= {name: partial(torch.zeros, shape) for name, shape in new.items()}
+        return replace(
+            self,
+            config=config,
+            _weights=replace(self._weights, tensors=tensors, loaders=loaders),
+            added=self.added | new.keys(),
         )
 
     @property

@@ -52,7 +52,7 @@ def export(path: Path, model: QuantizedModel, recipe: Recipe) -> dict[str, Any]:
 
     def rows(hf_name: str) -> np.ndarray:
         if hf_name not in source.plan.types:
-            weights = source.read(hf_name).numpy()
+            weights = model.read(hf_name).numpy()
             promise(hf_name, "F32", weights)
             return weights
         stored = model.stored(hf_name)

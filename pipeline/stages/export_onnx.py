@@ -73,7 +73,7 @@ def export_onnx(folder: Path, model: QuantizedModel, recipe: Recipe) -> tuple[Pa
 
     def read(name: str) -> Content:
         if name not in source.plan.types:
-            weights = source.read(name).numpy()
+            weights = model.read(name).numpy()
             promised[name] = {"type": "F32", "sha256_float32": digest(weights)}
             return weights
         stored = model.stored(name)

@@ -19,7 +19,7 @@ from pipeline.mixes import ALIASES, base_type
 from pipeline.recipe import Recipe
 from pipeline.report import Gate
 from pipeline.stages.plan import TypePlan, plan_types
-from pipeline.stages.untie import prepare_for_transforms
+from pipeline.stages.untie import prepare_for_biases, prepare_for_transforms
 from pipeline.transforms.changes import Change, changed, run_time_rotation
 from pipeline.transforms.operators import Rotation
 
@@ -103,7 +103,7 @@ class Source:
             "revision": checkpoint.revision,
             "architecture": checkpoint.architecture.model_type,
             "parameters": checkpoint.num_parameters,
-            "tied": checkpoint.tied or checkpoint.head_copied,
+            "tied": checkpoint.tied or HEAD in checkpoint.added,
             "files": checkpoint.fingerprint(),
             **({"packed": self.packed_by} if self.packed_by else {}),
         }
@@ -160,7 +160,7 @@ def open_source(recipe: Recipe, *, allow_pickle: bool) -> Source:
         revision=recipe.revision,
         allow_pickle=allow_pickle,
     )
-    checkpoint = prepare_for_transforms(checkpoint, recipe)
+    checkpoint = prepare_for_biases(prepare_for_transforms(checkpoint, recipe), recipe)
     tokenizer = load_tokenizer(checkpoint)
     gguf = "gguf" in recipe.targets
     vocabulary = read_vocabulary(tokenizer, checkpoint.config) if gguf else None

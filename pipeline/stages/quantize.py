@@ -25,6 +25,9 @@ TABLES, OWN_HEAD = "tables", "head"
 WIDE = "Q8_0"
 """A head of this type is not calibrated: there is nothing to gain."""
 
+BIAS = "bias:"
+"""Prefix of a corrected bias in a part."""
+
 IMPORTANCE = "importance:"
 """Prefix of what a part holds beside each matrix: the mean squares of its inputs."""
 
@@ -41,27 +44,34 @@ class QuantizedModel:
     source: Source
     run: RunDirectory
     sites: list[dict[str, Any]]
-    _part: tuple[str, dict[str, StoredTensor]] = ("", {})
+    _part: tuple[str, dict[str, StoredTensor], dict[str, Tensor]] = ("", {}, {})
 
     def stored(self, name: str) -> StoredTensor:
         """A matrix of the plan, by Hugging Face name."""
-        part = part_of(name)
-        if self._part[0] != part:
-            loaded = self.run.load(part)
-            if loaded is None:
-                raise ResourceError(
-                    f"finished part {part} is no longer sound in {self.run.path}",
-                    why="it was read before, so the disk or another program changed it",
-                    fix="run the same command again: the part is computed again",
-                )
-            self._part = (part, restore_part(loaded))
+        self._open(part_of(name))
         return self._part[1][name]
 
+    def _open(self, part: str) -> None:
+        if self._part[0] == part:
+            return
+        loaded = self.run.load(part)
+        if loaded is None:
+            raise ResourceError(
+                f"finished part {part} is no longer sound in {self.run.path}",
+                why="it was read before, so the disk or another program changed it",
+                fix="run the same command again: the part is computed again",
+            )
+        self._part = (part, restore_part(loaded), biases_of(loaded[0]))
+
     def read(self, name: str) -> Tensor:
-        """The weight that the runtime computes with, float32; float tensors as they are."""
+        """The weight that the runtime computes with, float32; float tensors as they are, biases as
+        they were corrected."""
         if name in self.source.plan.types:
             return self.stored(name).dequantize()
-        return self.source.read(name)
+        if name.endswith(".bias"):
+            self._open(part_of(name))
+        corrected = self._part[2].get(name)
+        return self.source.read(name) if corrected is None else corrected
 
     def importance(self) -> dict[str, Tensor]:
         """Mean square of the inputs of every decoder matrix, float32 [in], by name."""
@@ -104,6 +114,11 @@ def check_types(part: str, meta: Mapping[str, Any], source: Source) -> None:
                 f"the finished part {part} holds {name} in {kind}, and the plan is {wanted}",
                 fix="add --fresh to start over, or choose another --run-dir",
             )
+
+
+def biases_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The corrected biases of a stored part by Hugging Face name."""
+    return {n.removeprefix(BIAS): bias for n, bias in tensors.items() if n.startswith(BIAS)}
 
 
 def restore_part(loaded: tuple[dict[str, Tensor], dict[str, Any]]) -> dict[str, StoredTensor]:
@@ -154,7 +169,7 @@ def _quantize(
         if loaded is not None:
             check_types(part, loaded[1], source)
             if index + 1 < walk.n_blocks or head is None:
-                walk.replay(index, restore_part(loaded))
+                walk.replay(index, restore_part(loaded), biases_of(loaded[0]))
             sites += loaded[1]["sites"]
             continue
         stored: dict[str, StoredTensor] = {}
@@ -164,6 +179,7 @@ def _quantize(
             stored |= solved.stored
             for name in solved.stored:  # safetensors refuses tensors that share memory
                 beside[f"{IMPORTANCE}{name}"] = solved.importance.clone()
+            beside |= {f"{BIAS}{name}": bias for name, bias in solved.biases.items()}
             records.append(solved.record)
             progress.figure(solved.record["site"], solved.record["loss"])
         keep_part(run, part, stored, records, beside)
@@ -278,6 +294,7 @@ def walk_settings(recipe: Recipe) -> WalkSettings:
         mismatch_estimate=recipe.calibration.mismatch_estimate,
         seed=recipe.seed,
         magr=recipe.quantization.magr,
+        bias_correction=recipe.quantization.bias_correction,
     )
 
 

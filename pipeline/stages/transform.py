@@ -180,9 +180,9 @@ def _bound_notes(model: Model) -> list[str]:
         if kind not in worst or bound["bound before"] > worst[kind]["bound before"]:
             worst[kind] = bound
     return [
-        f"outliers after a rotation of blocks of {bound['block']} in {bound['space']} can reach "
-        f"{bound['bound after']:.3g}, before the permutation {bound['bound before']:.3g}, with "
-        f"equal masses {bound['least bound']:.3g}"
+        f"outliers after a rotation of blocks of {bound['block']} in {bound['space']} can reach, "
+        f"in the mean over tokens, {bound['bound after']:.3g}, before the permutation "
+        f"{bound['bound before']:.3g}, with equal masses {bound['least bound']:.3g}"
         for bound in worst.values()
     ]
 

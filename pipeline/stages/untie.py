@@ -42,6 +42,34 @@ def prepare_for_transforms(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint
     return replace(untied, notes=(*untied.notes, note))
 
 
+def prepare_for_biases(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """The checkpoint itself, or with a bias wherever its family has one, for bias correction.
+
+    Raises:
+        UnsupportedError: The family has no biases, in stock llama.cpp or in transformers.
+        UsageError: Nothing would be calibrated.
+    """
+    if not recipe.quantization.bias_correction:
+        return checkpoint
+    if checkpoint.packed or recipe.imatrix is not None:
+        raise UsageError(
+            "bias correction needs calibration: it cannot be combined with --imatrix or a "
+            "checkpoint that is 4-bit already",
+            fix="drop quantization.bias_correction",
+        )
+    kind = checkpoint.architecture.model_type
+    if not checkpoint.architecture.biases:
+        raise UnsupportedError(
+            f"bias correction: {kind} models have no biases",
+            why="neither transformers nor stock runtimes add one to their linears",
+            fix="drop quantization.bias_correction",
+        )
+    biased = checkpoint.with_biases()
+    added = len(biased.added - checkpoint.added)
+    note = f"bias correction adds {added} biases to the model"
+    return replace(biased, notes=(*biased.notes, note)) if added else biased
+
+
 def _refuse_online(transforms: list[Transform], recipe: Recipe) -> None:
     for transform in transforms:
         reason = TRANSFORMS[transform.kind].online

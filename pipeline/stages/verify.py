@@ -167,8 +167,11 @@ def _open_engines(
     """PyTorch and the emulator; with a folder for its float twin, stock llama.cpp too."""
 
     def read(name: str) -> Tensor:
-        """The file's matrices, the checkpoint's norms and biases: the twin vouches for the rest."""
-        return weights.read(name) if name in source.plan.types else source.read(name)
+        """The file's matrices and corrected biases, the checkpoint's norms and biases: the twin
+        vouches for the rest."""
+        corrected = recipe.quantization.bias_correction and name.endswith(".bias")
+        own = corrected or name in source.plan.types
+        return weights.read(name) if own else source.read(name)
 
     head = source.head
     emulator = stack.enter_context(GGMLEmulator(path))

@@ -105,11 +105,11 @@ def climb_onnx(
 
 
 def _reader(file: OnnxFile, source: Source) -> Any:
-    """Weights of the file, by Hugging Face name; the checkpoint's norms and biases, for which the
+    """Weights and biases of the file, by Hugging Face name; the checkpoint's norms, for which the
     twin gate vouches."""
 
     def read(name: str) -> Tensor:
-        if name not in source.plan.types:
+        if name not in source.plan.types and not name.endswith(".bias"):
             return source.read(name)
         if file.types.get(name) in FLOAT_TYPES:
             return torch.from_numpy(file.floats(name))

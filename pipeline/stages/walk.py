@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.architectures.base import HEAD
+from pipeline.calibration.moments import Moments
 from pipeline.calibration.streams import SiteMoments, Stream, site_moments
 from pipeline.errors import ResourceError
 from pipeline.quantization.formats import QuantizedTensor, get_format
@@ -46,6 +47,8 @@ class WalkSettings:
             see `pipeline.stages.mismatch_share`; ``options.mismatch`` multiplies it.
         seed: Seed of sampled shares.
         magr: Strength of MagR, see `pipeline.transforms.magr`; losses are those of its weights.
+        bias_correction: Whether linears that have a bias get the one that makes the mean of their
+            outputs right; losses are then about the means.
     """
 
     options: LayerOptions = field(default_factory=LayerOptions)
@@ -57,6 +60,7 @@ class WalkSettings:
     mismatch_estimate: Estimate = "fixed"
     seed: int = 0
     magr: float = 0.0
+    bias_correction: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,11 +71,13 @@ class SolvedSite:
         stored: The matrices.
         record: Figures for the manifest.
         importance: Mean square of each input, float32 [in], as an importance matrix has it.
+        biases: Corrected biases by Hugging Face name, float32 [out].
     """
 
     stored: dict[str, StoredTensor]
     record: dict[str, Any]
     importance: Tensor
+    biases: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Walk:
@@ -128,13 +134,19 @@ class Walk:
         """Number of decoder blocks."""
         return self._float.n_blocks
 
-    def replay(self, index: int, stored: Mapping[str, StoredTensor]) -> None:
+    def replay(
+        self,
+        index: int,
+        stored: Mapping[str, StoredTensor],
+        biases: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Move both streams past a block that was solved before."""
         if self._float_stream is not None:
             self._float_stream.pass_block(self._float.block(index))
         block = self._float.block(index)
         for name, tensor in stored.items():
             _set(block, _relative(name), tensor.dequantize().to(self._device))
+        self._set_biases(block, biases or {})
         self._quantized_stream.pass_block(block)
 
     def solve(self, index: int) -> Iterator[SolvedSite]:
@@ -146,6 +158,7 @@ class Walk:
             solved = self._solve_site(index, site.name, site.linears, quantized, moments)
             for name, tensor in solved.stored.items():
                 _set(quantized, _relative(name), tensor.dequantize().to(self._device))
+            self._set_biases(quantized, solved.biases)
             self._quantized_stream.pass_site(quantized, site.name)
             if reference is not None and self._float_stream is not None:
                 self._float_stream.pass_site(reference, site.name)
@@ -168,6 +181,11 @@ class Walk:
         record = _record(self.n_blocks, "head", results, moments.solving.tokens, objective)
         record["loss"] /= len(results)
         return SolvedSite(stored, record, _mean_squares(moments))
+
+    def _set_biases(self, block: DecoderBlock, biases: Mapping[str, Tensor]) -> None:
+        for name, bias in biases.items():
+            linear = block.linear(name.split(".", 3)[3].removesuffix(".bias"))
+            linear.bias = nn.Parameter(bias.to(self._device), requires_grad=False)
 
     def _moments(
         self, index: int, site: str, quantized: DecoderBlock, reference: DecoderBlock | None
@@ -204,6 +222,11 @@ class Walk:
         block: DecoderBlock,
         moments: SiteMoments,
     ) -> SolvedSite:
+        uncentred = moments
+        if self._settings.bias_correction and all(
+            block.linear(name).bias is not None for name in linears
+        ):
+            moments = moments.centred()
         objective = self._objective(moments)
         prefix = self._source.checkpoint.architecture.block_prefix(index)
         weights = {f"{prefix}{name}.weight": block.linear(name).weight for name in linears}
@@ -225,7 +248,8 @@ class Walk:
             parts = split_rows(result.quantized, [len(weights[n]) for n in names])
             stored |= {n: StoredTensor(kind, p) for n, p in zip(names, parts, strict=True)}
         record = _record(index, site, results, moments.solving.tokens, objective)
-        return SolvedSite(stored, record, _mean_squares(moments))
+        biases = self._biases(block, stored, uncentred.solving)
+        return SolvedSite(stored, record, _mean_squares(uncentred), biases)
 
     def _solve(
         self, weights: list[Tensor], kind: str, moments: SiteMoments, objective: LayerObjective
@@ -248,6 +272,28 @@ class Walk:
             self._settings.options.mismatch,
             self._settings.damping,
         )
+
+    def _biases(
+        self, block: DecoderBlock, stored: Mapping[str, StoredTensor], moments: Moments
+    ) -> dict[str, Tensor]:
+        """``b + W mean(x) - V mean(x_q)``, and what the stream lost in the mean as far as it is
+        corrected: the best intercepts, given the codes."""
+        if not self._settings.bias_correction:
+            return {}
+        x, xq, lost = (
+            moments.sums[n] / (moments.weight or 1.0) for n in ("reference", "quantized", "lost")
+        )
+        found = {}
+        for name, tensor in stored.items():
+            linear = block.linear(_relative(name))
+            if linear.bias is None:
+                continue
+            V = tensor.dequantize().to(self._device).double()
+            bias = linear.bias.double() + linear.weight.double() @ x - V @ xq
+            if len(lost):
+                bias += self._settings.options.stream_correction * lost
+            found[name.removesuffix("weight") + "bias"] = bias.float().cpu()
+        return found
 
 
 class _FinalNorm:

@@ -497,6 +497,7 @@ def test_recipe_prints_a_recipe_that_deploy_accepts(
         ("presets", ["fast", "balanced", "best"]),
         ("architectures", ["llama", "Qwen3ForCausalLM"]),
         ("runtimes", ["torch", "emulator", "llama.cpp", "onnxruntime"]),
+        ("transforms", ["rotate", "matrix=hadamard", "allow_untie=false", "fold"]),
     ],
 )
 def test_ls(kind: str, parts: list[str], invoke: Invoke) -> None:

@@ -54,6 +54,7 @@ OTHER_VALUES: dict[str, Any] = {
     "quantization.orders": 3,
     "quantization.refine_rounds": 5,
     "quantization.magr": 0.01,
+    "quantization.bias_correction": True,
     "quantization.damping": 0.02,
     "quantization.shrinkage": 0.5,
     "evaluation.source": "other.txt",

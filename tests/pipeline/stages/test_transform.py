@@ -40,6 +40,9 @@ QUICK = {"evaluation.chunks": 2, "runtime.llamacpp": "off", "gates.deployed_lnpp
 CHAIN = ("equalize", "permute:spaces=inner+values+heads", "rotate:allow_untie=true,seed=3")
 
 
+MEASURED_ORDERS = ("alike", "mass", "massdiff", "zigzag")
+
+
 class Nowhere:
     """Keeps no parts."""
 
@@ -60,7 +63,8 @@ def opened(folder: Path, *transforms: str, **options: Any) -> tuple[Any, Source]
 def rewritten(folder: Path, *transforms: str, **options: Any) -> Source:
     recipe, source = opened(folder, *transforms, **options)
     with open_progress("quiet") as progress:
-        return transform(recipe, source, torch.zeros(1, 8, dtype=torch.int64), Nowhere(), progress)
+        windows = torch.randint(512, (4, 32), generator=torch.Generator().manual_seed(0))
+        return transform(recipe, source, windows, Nowhere(), progress)
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +87,13 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("permute:spaces=residual+inner+values+heads",),
         ("permute:by=random,spaces=residual+inner+values+heads",),
         ("equalize:spaces=attention_norm+ffn_norm+final_norm+values+inner",),
+        *(
+            (f"permute:by={by},spaces=residual+inner+values+heads,block=8",)
+            for by in MEASURED_ORDERS
+        ),
+        ("equalize:method=smoothquant,spaces=attention_norm+final_norm+values+inner",),
+        ("equalize:method=awq,points=2,spaces=attention_norm+final_norm+values+inner",),
+        ("rotate:matrix=learned,steps=3,blocks=1",),
         ("equalize", "permute", "rotate", "rotate:seed=2", "permute:by=random", "equalize"),
     ],
     ids=" ".join,

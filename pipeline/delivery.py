@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline import figures
 from pipeline.errors import QualityGateError, VerificationError
+from pipeline.order import Order
 from pipeline.progress import Progress, memory_bytes
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import ResolvedRecipe
@@ -24,7 +25,7 @@ from pipeline.stages.quantize import QuantizedModel
 from pipeline.stages.report import check_files, deliver
 from pipeline.stages.transform import keep_changes
 from pipeline.stages.verify import Ladder
-from pipeline.storage import OUTPUT_MARKER, check_free_space
+from pipeline.storage import OUTPUT_MARKER, check_free_space, check_output, publish
 from pipeline.versions import versions
 
 STAGES = ("load", "calibrate", "transform", "allocate", "quantize", "export", "verify", "report")

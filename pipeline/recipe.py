@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from pipeline.mixes import BASES
-from pipeline.recipe_quantization import Frozen, Quantization
+from pipeline.recipe_quantization import Frozen, Onnx, Quantization
 from pipeline.sizes import parse_size, size_label
 from pipeline.suggest import did_you_mean
 from pipeline.targets import check_held, is_integer_type, parse_targets
@@ -161,20 +161,6 @@ class Evaluation(Frozen):
     chunks: int = Field(default=40, ge=1, description="Chunks scored, llama-perplexity's protocol.")
     gptq_context: int = Field(
         default=2048, ge=2, description="Tokens per window, GPTQ papers' protocol."
-    )
-
-
-class Onnx(Frozen):
-    """The graph of ONNX files."""
-
-    attention: Literal["standard", "primitive", "gqa"] = Field(
-        default="standard",
-        description="Operators: of the ONNX standard, of opset 21 only, or ONNX Runtime's "
-        "GroupQueryAttention.",
-    )
-    packed: bool = Field(
-        default=False,
-        description="Store 3 bits in 3, not in a container of 4; slower to load, as fast to run.",
     )
 
 

@@ -83,3 +83,17 @@ class Quantization(Frozen):
         description="Ridge penalty on targets, in units of damping. Can lower perplexity on text "
         "unlike the training text; moves away from the full precision model.",
     )
+
+
+class Onnx(Frozen):
+    """The graph of ONNX files."""
+
+    attention: Literal["standard", "primitive", "gqa"] = Field(
+        default="standard",
+        description="Operators: of the ONNX standard, of opset 21 only, or ONNX Runtime's "
+        "GroupQueryAttention.",
+    )
+    packed: bool = Field(
+        default=False,
+        description="Store 3 bits in 3, not in a container of 4; slower to load, as fast to run.",
+    )

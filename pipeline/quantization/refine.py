@@ -88,7 +88,7 @@ def refine(
     """
     state = _State(quantized, hessian, target, signed)
     losses = [float(state.loss().sum())]
-    best, kept, chosen = state.held_out(held_out), 0, quantized
+    best, kept, chosen = _judged(state.values, held_out), 0, quantized
     for n in range(1, rounds + 1):
         before = state.loss()
         state.refit()
@@ -96,12 +96,17 @@ def refine(
         state.descend()
         _check(middle, after := state.loss(), "coordinate descent")
         losses.append(float(after.sum()))
-        judged = state.held_out(held_out)
+        judged = _judged(state.values, held_out)
         if judged <= best:
             best, kept, chosen = judged, n, state.quantized()
         if losses[-1] >= losses[-2] * (1 - tolerance):
             break
     return Refined(chosen, tuple(losses), kept)
+
+
+def _judged(values: Tensor, judge: Callable[[Tensor], float] | None) -> float:
+    """What the judge says; a constant without one, so that the last round is kept."""
+    return 0.0 if judge is None else judge(values)
 
 
 def _check(before: Tensor, after: Tensor, step: str) -> None:
@@ -133,10 +138,6 @@ class _State:
         codes = (self.indices + self.fmt.code_min).to(torch.int8)
         fields = {name: value.clone() for name, value in self.fields.items()}
         return QuantizedTensor(self.fmt, codes, fields)
-
-    def held_out(self, judge: Callable[[Tensor], float] | None) -> float:
-        """What the judge says; a constant without one, so that the last round is kept."""
-        return 0.0 if judge is None else judge(self.values)
 
     def loss(self) -> Tensor:
         """Loss of every row, [out]."""

@@ -146,7 +146,7 @@ class Walk:
         block = self._float.block(index)
         for name, tensor in stored.items():
             _set(block, _relative(name), tensor.dequantize().to(self._device))
-        self._set_biases(block, biases or {})
+        _set_biases(block, biases or {})
         self._quantized_stream.pass_block(block)
 
     def solve(self, index: int) -> Iterator[SolvedSite]:
@@ -158,7 +158,7 @@ class Walk:
             solved = self._solve_site(index, site.name, site.linears, quantized, moments)
             for name, tensor in solved.stored.items():
                 _set(quantized, _relative(name), tensor.dequantize().to(self._device))
-            self._set_biases(quantized, solved.biases)
+            _set_biases(quantized, solved.biases)
             self._quantized_stream.pass_site(quantized, site.name)
             if reference is not None and self._float_stream is not None:
                 self._float_stream.pass_site(reference, site.name)
@@ -181,11 +181,6 @@ class Walk:
         record = _record(self.n_blocks, "head", results, moments.solving.tokens, objective)
         record["loss"] /= len(results)
         return SolvedSite(stored, record, _mean_squares(moments))
-
-    def _set_biases(self, block: DecoderBlock, biases: Mapping[str, Tensor]) -> None:
-        for name, bias in biases.items():
-            linear = block.linear(name.split(".", 3)[3].removesuffix(".bias"))
-            linear.bias = nn.Parameter(bias.to(self._device), requires_grad=False)
 
     def _moments(
         self, index: int, site: str, quantized: DecoderBlock, reference: DecoderBlock | None
@@ -248,7 +243,10 @@ class Walk:
             parts = split_rows(result.quantized, [len(weights[n]) for n in names])
             stored |= {n: StoredTensor(kind, p) for n, p in zip(names, parts, strict=True)}
         record = _record(index, site, results, moments.solving.tokens, objective)
-        biases = self._biases(block, stored, uncentred.solving)
+        biases: dict[str, Tensor] = {}
+        if self._settings.bias_correction:
+            share = self._settings.options.stream_correction
+            biases = _corrected_biases(block, stored, uncentred.solving, share)
         return SolvedSite(stored, record, _mean_squares(uncentred), biases)
 
     def _solve(
@@ -273,28 +271,6 @@ class Walk:
             self._settings.damping,
         )
 
-    def _biases(
-        self, block: DecoderBlock, stored: Mapping[str, StoredTensor], moments: Moments
-    ) -> dict[str, Tensor]:
-        """``b + W mean(x) - V mean(x_q)``, and what the stream lost in the mean as far as it is
-        corrected: the best intercepts, given the codes."""
-        if not self._settings.bias_correction:
-            return {}
-        x, xq, lost = (
-            moments.sums[n] / (moments.weight or 1.0) for n in ("reference", "quantized", "lost")
-        )
-        found = {}
-        for name, tensor in stored.items():
-            linear = block.linear(_relative(name))
-            if linear.bias is None:
-                continue
-            V = tensor.dequantize().to(self._device).double()
-            bias = linear.bias.double() + linear.weight.double() @ x - V @ xq
-            if len(lost):
-                bias += self._settings.options.stream_correction * lost
-            found[name.removesuffix("weight") + "bias"] = bias.float().cpu()
-        return found
-
 
 class _FinalNorm:
     """The final norm as a block whose only site is the head."""
@@ -305,6 +281,33 @@ class _FinalNorm:
     def site_input(self, site: str, residual: Tensor, heads: Tensor | None = None) -> Tensor:
         """Input of the head, [batch, length, hidden]."""
         return self._model.head_input(residual)
+
+
+def _set_biases(block: DecoderBlock, biases: Mapping[str, Tensor]) -> None:
+    for name, bias in biases.items():
+        linear = block.linear(name.split(".", 3)[3].removesuffix(".bias"))
+        linear.bias = nn.Parameter(bias.to(linear.weight.device), requires_grad=False)
+
+
+def _corrected_biases(
+    block: DecoderBlock, stored: Mapping[str, StoredTensor], moments: Moments, share: float
+) -> dict[str, Tensor]:
+    """``b + W mean(x) - V mean(x_q)``, and a share of what the stream lost in the mean: the best
+    intercepts, given the codes."""
+    x, xq, lost = (
+        moments.sums[n] / (moments.weight or 1.0) for n in ("reference", "quantized", "lost")
+    )
+    found = {}
+    for name, tensor in stored.items():
+        linear = block.linear(_relative(name))
+        if linear.bias is None:
+            continue
+        V = tensor.dequantize().to(linear.weight.device).double()
+        bias = linear.bias.double() + linear.weight.double() @ x - V @ xq
+        if len(lost):
+            bias += share * lost
+        found[name.removesuffix("weight") + "bias"] = bias.float().cpu()
+    return found
 
 
 def _mean_squares(moments: SiteMoments) -> Tensor:

@@ -1,4 +1,4 @@
-"""The section ``quantization`` of a recipe."""
+"""Sections of a recipe: how matrices are quantized, and the graph of ONNX files."""
 
 from __future__ import annotations
 

@@ -331,3 +331,20 @@ def test_data_free_error_is_that_of_the_c_library_or_less(name: str) -> None:
     pack(ours)
     stock = np.square(theirs - W.numpy()).sum()
     assert (ours.dequantize() - W).square().sum() < stock
+
+
+@pytest.mark.parametrize("name", ["IQ2_XXS", "IQ3_S"])
+def test_rows_of_zeros_and_of_tiny_weights(name: str) -> None:
+    """Zeros stay zeros, and weights below what fp16 resolves still give codes that are stored."""
+    W, objective = layer(7, rows=4, width=256, tokens=900)
+    W = W.clone()
+    W[0], W[1] = 0, W[1] * 1e-9
+    found = quantize_layer(
+        W, objective, get_format(name), LayerOptions(refine_rounds=2, mismatch=0)
+    )
+    check_stored(W, objective, found)
+    assert not found.quantized.dequantize()[0].any()
+    assert torch.isfinite(found.loss).all()
+    energy = objective.loss(torch.zeros_like(W), W.double())
+    assert (found.loss[1:] <= energy[1:]).all()
+    assert (found.loss[2:] < 0.05 * energy[2:]).all()

@@ -43,7 +43,7 @@ def render_card(
     name = base_model or PurePath(recipe.model or "demo model").name
     sections = (
         _front_matter(recipe, base_model, license_name, methods),
-        f"# {_line(name)}, {recipe.type} {' and '.join(recipe.targets).upper()}",
+        f"# {_line(name)}, {recipe.label} {' and '.join(recipe.targets).upper()}",
         _introduction(report, name, recipe),
         _table("Quality", figures.QUALITY_COLUMNS, map(figures.quality_row, report.qualities)),
         _table("Parity with PyTorch", figures.GATE_COLUMNS, map(figures.gate_row, report.gates)),
@@ -67,14 +67,15 @@ def _front_matter(
     lines += [
         f"library_name: {recipe.targets[0]}",
         "pipeline_tag: text-generation",
-        f"tags: [{', '.join((*recipe.targets, 'quantized', json.dumps(recipe.type), *methods))}]",
+        f"tags: [{', '.join((*recipe.targets, 'quantized', json.dumps(recipe.label), *methods))}]",
         "---",
     ]
     return "\n".join(lines)
 
 
 def _introduction(report: Report, name: str, recipe: Recipe) -> str:
-    facts = [f"{_line(name)} with decoder weights in {recipe.type}"]
+    kinds = f"types chosen for {recipe.label}" if recipe.budgeted else recipe.weight_type
+    facts = [f"{_line(name)} with decoder weights in {kinds}"]
     if report.bits_per_weight is not None:
         facts.append(f"{report.bits_per_weight:.3f} bits per weight over the whole file")
     if report.size_bytes is not None:

@@ -72,14 +72,23 @@ def deploy(
         resolved = choice.resolve()
         from pipeline import run
 
+        output = output or _default_output(resolved.recipe)
         if dry_run:
             from pipeline.tables import print_plan
 
-            print_plan(run.plan(resolved, allow_pickle=allow_pickle), _console())
+            found = run.plan(
+                resolved,
+                output=output,
+                run_dir=run_dir,
+                fresh=fresh,
+                allow_pickle=allow_pickle,
+                progress=reporter,
+            )
+            print_plan(found, _console())
             return
         report = run.deploy(
             resolved,
-            output=output or _default_output(resolved.recipe),
+            output=output,
             run_dir=run_dir,
             overwrite=overwrite,
             fresh=fresh,
@@ -183,12 +192,14 @@ def compare(
 def ls(
     kind: Annotated[
         str,
-        typer.Argument(metavar="KIND", help="types, presets, architectures or runtimes."),
+        typer.Argument(
+            metavar="KIND", help="types, presets, architectures, runtimes or transforms."
+        ),
     ],
     *,
     debug: Debug = False,
 ) -> None:
-    """List what is known: types, presets, architectures, runtimes."""
+    """List what is known: types, presets, architectures, runtimes, transforms."""
     with session("quiet", debug=debug):
         from pipeline.listings import LISTINGS
         from pipeline.tables import print_listing
@@ -228,4 +239,4 @@ def _console() -> Console:
 
 def _default_output(recipe: Recipe) -> Path:
     name = Path(recipe.model).resolve().name if recipe.model else "demo"
-    return Path(f"{name}-{recipe.type}-{'-'.join(recipe.targets)}")
+    return Path(f"{name}-{recipe.label}-{'-'.join(recipe.targets)}")

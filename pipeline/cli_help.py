@@ -30,6 +30,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
         ("deploy Qwen/Qwen3-0.6B --type Q2_0 --preset best -o out", "a hub model at 2 bits"),
         ("deploy ./my-model --calibration my.txt --samples 64", "your own text"),
         ("deploy ./my-model --type Q4_K_M -o mixed", "one of llama-quantize's mixes"),
+        ("deploy ./my-model --target-size 15MB -o fits", "the best types that fit in 15 MB"),
         ("deploy ./my-model --type Q2_K --pure --dry-run", "types and sizes, nothing else"),
         ("deploy ./my-model --target onnx --bits 4 -o out", "for ONNX Runtime"),
         ("deploy ./my-model --target gguf,onnx --bits 2 -o out", "both from one quantization"),

@@ -51,6 +51,14 @@ Target = Annotated[
 WeightType = Annotated[
     str | None, _option("--type", "T", "Of the weights: Q4_0, Q2_K, Q4_K_M, ...", _TYPES)
 ]
+TargetSize = Annotated[
+    str | None,
+    _option("--target-size", "SIZE", "Most bytes of the file, in place of a type: 15MB.", _TYPES),
+]
+TargetBpw = Annotated[
+    float | None,
+    _option("--target-bpw", "BITS", "The same, in bits of the file a parameter.", _TYPES),
+]
 Bits = Annotated[
     int | None, _option("--bits", "N", "In place of --type: 2, 3, 4 or 8 bits.", _TYPES)
 ]
@@ -91,6 +99,10 @@ Imatrix = Annotated[
 Emit = Annotated[
     list[str] | None,
     _option("--emit", "WHAT", "Also write imatrix or kld-base; repeatable.", _TYPES),
+]
+Transforms = Annotated[
+    list[str] | None,
+    _option("--transform", "KIND:...", "Function-preserving rewrite; repeatable.", _TYPES),
 ]
 Calibration = Annotated[str | None, _option("--calibration", "TEXT", _TEXT_HELP, _TEXT)]
 Evaluation = Annotated[str | None, _option("--evaluation", "TEXT", _TEXT_HELP, _TEXT)]
@@ -162,6 +174,8 @@ def recipe_options(
     revision: Revision = None,
     target: Target = None,
     weight_type: WeightType = None,
+    target_size: TargetSize = None,
+    target_bpw: TargetBpw = None,
     bits: Bits = None,
     group_size: GroupSize = None,
     symmetric: Symmetric = None,
@@ -173,6 +187,7 @@ def recipe_options(
     allow_fallback: AllowFallback = False,
     emit: Emit = None,
     imatrix: Imatrix = None,
+    transforms: Transforms = None,
     calibration: Calibration = None,
     evaluation: Evaluation = None,
     samples: Samples = None,
@@ -186,6 +201,8 @@ def recipe_options(
         "revision": revision,
         "target": target,
         "type": weight_type,
+        "target_size": target_size,
+        "target_bpw": target_bpw,
         "pure": pure or None,
         "tensor_types": tuple(tensor_types) if tensor_types else None,
         "token_embedding_type": token_embedding_type,
@@ -193,6 +210,7 @@ def recipe_options(
         "allow_fallback": allow_fallback or None,
         "emit": tuple(emit) if emit else None,
         "imatrix": imatrix,
+        "transforms": tuple(transforms) if transforms else None,
         "seed": seed,
         "calibration.source": calibration,
         "calibration.samples": samples,

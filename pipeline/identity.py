@@ -17,7 +17,7 @@ from pipeline.stages.load import Source
 from pipeline.versions import RUNTIMES, versions
 
 
-def identity_of(recipe: Recipe, source: Source, texts: Texts) -> dict[str, Any]:
+def identity_of_run(recipe: Recipe, source: Source, texts: Texts) -> dict[str, Any]:
     """Everything that decides the bits of a block."""
     tokens = hashlib.sha256(texts.calibration.numpy().tobytes()).hexdigest()
     files = json.dumps(source.description["files"], sort_keys=True)

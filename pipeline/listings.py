@@ -16,6 +16,8 @@ def types() -> dict[str, str]:
     for fmt in sorted(map(get_format, WEIGHT_TYPES), key=lambda fmt: fmt.bits_per_weight):
         offset = "scale and offset" if fmt.affine else "scale"
         text = f"{fmt.bits_per_weight:.4g} bits per weight, one {offset} for {fmt.group_size}"
+        if fmt.codebook is not None:
+            text += f", vectors of {fmt.codebook.places} from a codebook"
         listed[fmt.name] = text
     tables_only = "for the token embedding and the output head only"
     listed |= dict.fromkeys(TABLE_TYPES[len(WEIGHT_TYPES) :], tables_only)
@@ -60,10 +62,22 @@ def runtimes() -> dict[str, str]:
     }
 
 
+def transforms() -> dict[str, str]:
+    """Transforms and their options, each with its default."""
+    from pipeline.transforms import TRANSFORMS, default_text
+
+    listed = {}
+    for name, kind in TRANSFORMS.items():
+        options = ", ".join(f"{k}={default_text(option)}" for k, option in kind.options.items())
+        listed[name] = f"{kind.meaning} {options}".strip()
+    return listed
+
+
 LISTINGS: dict[str, Callable[[], dict[str, str]]] = {
     "types": types,
     "presets": presets,
     "architectures": architectures,
     "runtimes": runtimes,
+    "transforms": transforms,
 }
 """Every kind that ``ls`` knows."""

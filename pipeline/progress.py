@@ -85,6 +85,12 @@ class Progress:
         self._block_seconds = []
         self._emit("stage", name, i, n)
 
+    def phase(self, name: str) -> None:
+        """A part of the stage begins whose blocks take another time than those before."""
+        self._end_block()
+        self._block_seconds = []
+        self._emit("note", name)
+
     def block(self, i: int, n: int, *, resumed: bool = False) -> None:
         """Block `i` of `n` (from 1) of this stage begins; the one before it is over.
 

@@ -15,8 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
-    BaseModel,
-    ConfigDict,
+    BeforeValidator,
     Field,
     ValidationInfo,
     field_validator,
@@ -24,14 +23,17 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from pipeline.mixes import BASES
+from pipeline.recipe_quantization import Frozen, Quantization
+from pipeline.sizes import parse_size, size_label
 from pipeline.suggest import did_you_mean
 from pipeline.targets import check_held, is_integer_type, parse_targets
-from pipeline.transforms import TRANSFORMS
+from pipeline.transforms import parse_transform
 
 WEIGHT_TYPES = (
     *("Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"),
     *("IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0"),
+    *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
 )
 """Types that decoder weights can be stored in (the ggml formats that the solvers know)."""
 
@@ -40,6 +42,12 @@ TABLE_TYPES = (*WEIGHT_TYPES, "F16", "F32")
 
 FILE_TYPES = tuple(dict.fromkeys((*WEIGHT_TYPES, *BASES)))
 """What a file can be made of: types, and llama-quantize's mixes of them."""
+
+DEFAULT_TYPE = "Q4_0"
+"""Type of the weights where neither a type nor a budget is given."""
+
+BUDGETS = ("target_size", "target_bpw")
+"""Keys that give a budget instead of a type."""
 
 Value = str | int | float | bool | None | tuple[str, ...]
 """What a recipe key can hold."""
@@ -54,10 +62,8 @@ def _one_of(known: tuple[str, ...]) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _known_transform(name: str) -> str:
-    if name not in TRANSFORMS:
-        raise ValueError(f"unknown transform {name!r}; {did_you_mean(name, TRANSFORMS)}")
-    return name
+def _transform(text: str) -> str:
+    return str(parse_transform(text))
 
 
 def split_tensor_type(text: str) -> tuple[str, str]:
@@ -84,19 +90,16 @@ def _tensor_type(text: str) -> str:
 
 WeightType = Annotated[str, _one_of(FILE_TYPES)]
 TensorType = Annotated[str, AfterValidator(_tensor_type)]
+Size = Annotated[
+    int, Field(ge=1), BeforeValidator(lambda v: parse_size(v) if isinstance(v, str) else v)
+]
 TableType = Annotated[str, _one_of(TABLE_TYPES)]
 Target = Annotated[str, AfterValidator(parse_targets)]
-Transform = Annotated[str, AfterValidator(_known_transform)]
+Transform = Annotated[str, AfterValidator(_transform)]
 Name = Annotated[str, Field(min_length=1)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True
-    )
-
-
-class Calibration(_Frozen):
+class Calibration(Frozen):
     """The text that the second moments H and G are measured on."""
 
     source: Name | None = Field(
@@ -130,6 +133,13 @@ class Calibration(_Frozen):
         description="How far linears that feed the residual stream also make good what the stream "
         "lost before them.",
     )
+    gradient_weighting: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="How much more tokens count whose outputs the loss depends on: exponent of "
+        "their squared gradient; 0 all alike, 1 GuidedQuant.",
+    )
     held_out: float = Field(
         default=0.0,
         ge=0,
@@ -139,66 +149,7 @@ class Calibration(_Frozen):
     )
 
 
-class Quantization(_Frozen):
-    """How scales and codes are chosen."""
-
-    scales: Literal["absmax", "mse", "proxy", "piso", "lookahead"] = Field(
-        default="piso",
-        description="How scales are chosen: range, weight error, LDL diagonal of the Hessian, "
-        "exact optimum, or exact optimum judged by the loss after rounding the group.",
-    )
-    hessian: Literal["dense", "diagonal", "identity"] = Field(
-        default="dense", description="What piso keeps of the Hessian."
-    )
-    free_scales: bool = Field(
-        default=False,
-        description="Let piso fit a scale outside the range that rounds to its codes.",
-    )
-    rounding: Literal["nearest", "groupwise", "gptq", "gptaq", "qronos", "gpfq"] = Field(
-        default="gptq",
-        description="How codes are chosen; gptq spreads each error onto later columns.",
-    )
-    interleave: Literal["group", "layer"] = Field(
-        default="group",
-        description="When scales are chosen: as rounding enters each group, or before it starts.",
-    )
-    passes: int = Field(
-        default=1,
-        ge=0,
-        description="Passes over the groups of groupwise rounding and layer scales.",
-    )
-    metric: Literal["schur", "block"] = Field(
-        default="schur",
-        description="Metric of a group's scale: the Hessian's Schur complement (columns still "
-        "free) or its diagonal block.",
-    )
-    signed: bool = Field(
-        default=True, description="Let scales be negative where the format stores a sign."
-    )
-    activation_order: bool = Field(
-        default=True, description="Round the columns with the largest activations first."
-    )
-    orders: int = Field(
-        default=1, ge=1, description="Orders of groups that are tried; every row keeps its best."
-    )
-    refine_rounds: int = Field(
-        default=0,
-        ge=0,
-        description="Most rounds of refitting all scales of a row and descending on its codes.",
-    )
-    damping: float = Field(
-        default=0.01, ge=0, le=1, description="Added to H's diagonal, as a fraction of its mean."
-    )
-    shrinkage: float = Field(
-        default=0.0,
-        ge=0,
-        le=10,
-        description="Ridge penalty on targets, in units of damping. Can lower perplexity on text "
-        "unlike the training text; moves away from the full precision model.",
-    )
-
-
-class Evaluation(_Frozen):
+class Evaluation(Frozen):
     """The text and the protocols that quality and parity are measured with."""
 
     source: Name | None = Field(
@@ -213,21 +164,17 @@ class Evaluation(_Frozen):
     )
 
 
-class Onnx(_Frozen):
+class Onnx(Frozen):
     """The graph of ONNX files."""
 
     attention: Literal["standard", "primitive", "gqa"] = Field(
         default="standard",
-        description="Operators: of the ONNX standard, of opset 21 only, or ONNX Runtime's "
-        "GroupQueryAttention.",
+        description="Of the ONNX standard, of opset 21, or ONNX Runtime's GroupQueryAttention.",
     )
-    packed: bool = Field(
-        default=False,
-        description="Store 3 bits in 3, not in a container of 4; slower to load, as fast to run.",
-    )
+    packed: bool = Field(default=False, description="Store 3 bits in 3; slower to load only.")
 
 
-class Gates(_Frozen):
+class Gates(Frozen):
     """Limits of the parity ladder; beyond one, the run fails."""
 
     twin: float = Field(
@@ -267,7 +214,7 @@ class Gates(_Frozen):
     )
 
 
-class Runtime(_Frozen):
+class Runtime(Frozen):
     """Which runtimes prove the file, and for how long they may run."""
 
     llamacpp: Literal["auto", "require", "off"] = Field(
@@ -278,7 +225,7 @@ class Runtime(_Frozen):
     )
 
 
-class Recipe(_Frozen):
+class Recipe(Frozen):
     """Everything that decides what a run does."""
 
     model: Name | None = Field(
@@ -288,10 +235,22 @@ class Recipe(_Frozen):
     target: Target = Field(
         default="gguf", description="File formats to produce: gguf, onnx, or both (gguf,onnx)."
     )
-    type: WeightType = Field(
-        default="Q4_0", description="Type of the weights, or a mix of llama-quantize (GGUF)."
+    type: WeightType | None = Field(
+        default=None,
+        description=f"Type of the weights, or a mix of llama-quantize (GGUF); unset: "
+        f"{DEFAULT_TYPE}, or what a budget buys.",
     )
     pure: bool = Field(default=False, description="All matrices in the one type, no mix.")
+    target_size: Size | None = Field(
+        default=None,
+        description="Most bytes that the file may have; each matrix gets the type that serves "
+        "best. Also 15MB or 14.5MiB.",
+    )
+    target_bpw: float | None = Field(
+        default=None,
+        gt=0,
+        description="The same as bits of the file for each parameter of the model.",
+    )
     token_embedding_type: TableType | None = Field(
         default=None, description="Type of the token embedding; unset: as the mix has it."
     )
@@ -312,7 +271,9 @@ class Recipe(_Frozen):
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of every random choice.")
     transforms: tuple[Transform, ...] = Field(
-        default=(), strict=False, description="Function-preserving rewrites, in order."
+        default=(),
+        strict=False,
+        description="Function-preserving rewrites, in order: KIND:option=value,option=value.",
     )
     imatrix: Name | None = Field(
         default=None,
@@ -338,6 +299,46 @@ class Recipe(_Frozen):
         if revision is not None and info.data.get("model") is None:
             raise ValueError("only a hub model has revisions, and no model is given")
         return revision
+
+    @field_validator(*BUDGETS)
+    @classmethod
+    def _replaces_a_type(
+        cls, budget: int | float | None, info: ValidationInfo
+    ) -> int | float | None:
+        if budget is not None and "onnx" in info.data.get("target", ""):
+            raise ValueError("a budget chooses among types of GGUF; give --type or --bits for ONNX")
+        given = [key for key in ("type", *BUDGETS) if info.data.get(key) is not None]
+        given += ["pure"] if info.data.get("pure") else []
+        if budget is not None and given:
+            raise ValueError(
+                f"{given[0]} is given too, and a budget chooses the types itself "
+                "(token_embedding_type, output_tensor_type and tensor_types pin single ones)"
+            )
+        return budget
+
+    @field_validator("imatrix")
+    @classmethod
+    def _needs_no_gradients(cls, imatrix: str | None, info: ValidationInfo) -> str | None:
+        if imatrix is not None and any(info.data.get(key) is not None for key in BUDGETS):
+            raise ValueError("a budget is spent by what calibration text tells, not a diagonal")
+        return imatrix
+
+    @property
+    def weight_type(self) -> str:
+        """The type or mix asked for, by default `DEFAULT_TYPE`; what a budget starts from."""
+        return self.type or DEFAULT_TYPE
+
+    @property
+    def budgeted(self) -> bool:
+        """Whether types are chosen under a budget."""
+        return self.target_size is not None or self.target_bpw is not None
+
+    @property
+    def label(self) -> str:
+        """The type or the budget, for names of files and people."""
+        if self.target_size is not None:
+            return size_label(self.target_size)
+        return self.weight_type if self.target_bpw is None else f"{self.target_bpw:g}bpw"
 
     @field_validator("type", "token_embedding_type", "output_tensor_type", "tensor_types")
     @classmethod
@@ -383,7 +384,7 @@ def recipe_fields() -> dict[str, FieldInfo]:
     """Every key of a recipe, dotted, with its default and description; top-level keys first."""
     fields: dict[str, FieldInfo] = {}
     for name, field in Recipe.model_fields.items():
-        if isinstance(field.default, _Frozen):
+        if isinstance(field.default, Frozen):
             section = type(field.default).model_fields
             fields.update({f"{name}.{key}": leaf for key, leaf in section.items()})
         else:

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from pipeline.errors import UsageError
 from pipeline.recipe import Recipe, Value, recipe_fields
 from pipeline.suggest import did_you_mean, nearest
+from pipeline.transforms import table_text
 
 DEFAULT = "default"
 OPTION = "command line"
@@ -106,13 +107,31 @@ def _read(file: Path) -> str:
 
 def _parse(text: str, origin: str) -> dict[str, Any]:
     try:
-        return dict(_leaves(tomllib.loads(text)))
+        return dict(_leaves(_with_transforms(tomllib.loads(text), origin)))
     except tomllib.TOMLDecodeError as error:
         raise UsageError(
             f"{origin} is not valid TOML",
             why=str(error),
             fix='strings need quotes: type = "Q4_0"',
         ) from error
+
+
+def _with_transforms(table: dict[str, Any], origin: str) -> dict[str, Any]:
+    """The tables ``[[transform]]`` as the texts that the key ``transforms`` holds."""
+    if "transform" not in table:
+        return table
+    tables = table.pop("transform")
+    try:
+        if "transforms" in table or not isinstance(tables, list):
+            raise ValueError("give either [[transform]] tables or one list of transforms")
+        texts = [table_text(one) for one in tables]
+    except (ValueError, TypeError) as error:
+        raise UsageError(
+            f"the transforms of {origin} cannot be read",
+            why=str(error),
+            fix='for example [[transform]] with kind = "rotate", or transforms = ["rotate"]',
+        ) from error
+    return {**table, "transforms": texts}
 
 
 def _leaves(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

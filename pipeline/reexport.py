@@ -14,15 +14,15 @@ import torch
 from exporters.gguf import gguf_name, unpack
 from exporters.onnx import read_onnx
 from pipeline.architectures.base import EMBEDDING, HEAD
+from pipeline.delivery import Order, carry_out, enter
 from pipeline.errors import InputError, UnsupportedError, VerificationError
-from pipeline.identity import identity_of
-from pipeline.order import Order
+from pipeline.identity import identity_of_run
 from pipeline.progress import Progress
 from pipeline.quantization.formats import QuantizedTensor, get_format
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import ResolvedRecipe, load_recipe
 from pipeline.report import Report
-from pipeline.run import carry_out, prepare
+from pipeline.run import prepare
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.load import Source
 from pipeline.stages.model_files import ModelFile, model_files
@@ -30,6 +30,7 @@ from pipeline.stages.plan import TypePlan
 from pipeline.stages.quantize import Part, QuantizedModel, part_by_part
 from pipeline.stages.report import RECIPE, check_files
 from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
+from pipeline.stages.transform import Delivered, transform
 from pipeline.stages.walk import store_free
 from pipeline.storage import OUTPUT_MARKER
 from pipeline.targets import GGUF_NAMES, check_held, parse_targets
@@ -89,10 +90,13 @@ def reexport(
             fix="give the original with --model",
         )
     taken_from = hashlib.sha256((folder / OUTPUT_MARKER).read_bytes()).hexdigest()
-    identity = identity_of(recipe, source, texts) | {"taken over from": taken_from}
+    identity = identity_of_run(recipe, source, texts) | {"taken over from": taken_from}
 
-    def matrices(run: RunDirectory) -> QuantizedModel:
-        return _take_over(source, file, run, progress)
+    def matrices(run: RunDirectory) -> tuple[QuantizedModel, None]:
+        enter(progress, "transform")
+        rewritten = transform(recipe, source, texts.calibration, Delivered(folder), progress)
+        enter(progress, "quantize")
+        return _take_over(rewritten, file, run, progress), None
 
     resolved = ResolvedRecipe(recipe, resolved.origins)
     return carry_out(order, identity, resolved, source, texts, matrices, progress)
@@ -113,7 +117,9 @@ def _resolved(
             unset.append(f"{key}=")
     if "onnx" in wanted:
         unset.append("pure=false")  # else tables that are made anew would be of the one type, too
-    kind = GGUF_NAMES.get(finished.type, finished.type) if "gguf" in wanted else finished.type
+    kind = None if finished.budgeted else finished.weight_type
+    if kind is not None and "gguf" in wanted:
+        kind = GGUF_NAMES.get(kind, kind)
     options: dict[str, Any] = {"target": target, "type": kind, "onnx.attention": attention}
     if model is not None:
         options["model"] = str(Path(model).resolve()) if Path(model).exists() else model

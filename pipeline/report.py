@@ -22,7 +22,8 @@ class Gate:
     """One rung of the parity ladder.
 
     Attributes:
-        level: ``bytes``, ``tokens``, ``twin``, ``kernels``, ``deployed`` or ``quality``.
+        level: ``transform``, ``bytes``, ``tokens``, ``twin``, ``kernels``, ``deployed`` or
+            ``quality``.
         claim: What is true if the gate is green.
         runtime: What ran the file.
         figure: The measured value, or a verdict such as ``identical``; None if not run.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import InputError, UnsupportedError
+from runtimes.ggml_codebooks import iq2_s, iq2_xs, iq2_xxs, iq3_s, iq3_xxs
 
 _CHUNK_WEIGHTS = 1 << 22  # bounds temporaries to a few times 16 MiB
 
@@ -280,4 +281,9 @@ DECODERS: dict[str, Decoder] = {
     "Q3_K": Decoder(256, 110, _q3_k),
     "Q4_K": Decoder(256, 144, _q4_k),
     "Q5_K": Decoder(256, 176, _q5_k),
+    "IQ2_XXS": Decoder(256, 66, iq2_xxs),
+    "IQ2_XS": Decoder(256, 74, iq2_xs),
+    "IQ2_S": Decoder(256, 82, iq2_s),
+    "IQ3_XXS": Decoder(256, 98, iq3_xxs),
+    "IQ3_S": Decoder(256, 110, iq3_s),
 }

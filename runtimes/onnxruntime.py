@@ -113,7 +113,7 @@ class OnnxRuntime(Runtime):
         return self._logits(tokens, first)
 
     def _logits(self, tokens: Tensor, first: int) -> Iterator[Tensor]:
-        self._check_vocabulary(tokens)
+        _check_vocabulary(tokens, self.vocabulary)
         seconds = 0.0
         for window in tokens.cpu().numpy():
             ids = window[None]
@@ -152,7 +152,7 @@ class OnnxRuntime(Runtime):
             InputError: A token outside the vocabulary.
             VerificationError: ONNX Runtime refused the file or failed.
         """
-        self._check_vocabulary(prompts)
+        _check_vocabulary(prompts, self.vocabulary)
         rows, length = prompts.shape
         found = np.zeros((rows, 0), np.int64)
         new, past = prompts.cpu().numpy(), self._no_past(rows)
@@ -240,14 +240,14 @@ class OnnxRuntime(Runtime):
         """Number of tokens that the model knows."""
         return int(next(v for v in self._open().get_outputs() if v.name == "logits").shape[2])
 
-    def _check_vocabulary(self, tokens: Tensor) -> None:
-        vocabulary = self.vocabulary
-        outside = tokens[(tokens < 0) | (tokens >= vocabulary)]
-        if len(outside):
-            raise InputError(
-                f"token {outside[0].item()} in a vocabulary of {vocabulary}",
-                why="the text was encoded with another tokenizer",
-            )
+
+def _check_vocabulary(tokens: Tensor, vocabulary: int) -> None:
+    outside = tokens[(tokens < 0) | (tokens >= vocabulary)]
+    if len(outside):
+        raise InputError(
+            f"token {outside[0].item()} in a vocabulary of {vocabulary}",
+            why="the text was encoded with another tokenizer",
+        )
 
 
 def _start(

@@ -30,11 +30,15 @@ class DecoderBlock:
     Args:
         layer: A decoder layer of transformers with real weights.
         rotary: Its rotary embedding module.
+        inner: What the graph does to the input of ``down_proj``; None is nothing.
     """
 
-    def __init__(self, layer: nn.Module, rotary: nn.Module) -> None:
+    def __init__(
+        self, layer: nn.Module, rotary: nn.Module, inner: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
         self.layer: Any = layer
         self._rotary = rotary
+        self._inner = inner
 
     def linear(self, name: str) -> nn.Linear:
         """The linear called `name` relative to the block, such as ``self_attn.q_proj``."""
@@ -67,7 +71,8 @@ class DecoderBlock:
         if site == "gate_up":
             return normed
         mlp = layer.mlp
-        return mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
+        gated = mlp.act_fn(mlp.gate_proj(normed)) * mlp.up_proj(normed)
+        return gated if self._inner is None else self._inner(gated)
 
     def heads(self, residual: Tensor) -> Tensor:
         """Concatenated heads' outputs, the input of o_proj, [batch, length, heads * head_dim]."""
@@ -113,6 +118,7 @@ class TorchReference:
         linears: Replaces the linear of that Hugging Face name: gets its module, returns another.
         batch: Windows that run together.
         device: Where the model runs; tokens and weights are expected and moved there.
+        inner: Rotation at run time of the inputs of every ``down_proj``; None is none.
 
     Raises:
         UnsupportedError: No reference modules for the configuration's model type.
@@ -129,6 +135,7 @@ class TorchReference:
         linears: Mapping[str, Callable[[nn.Linear], nn.Module]] | None = None,
         batch: int = 8,
         device: torch.device | str = "cpu",
+        inner: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         if config.model_type not in _MODULES:
             raise UnsupportedError(
@@ -146,6 +153,7 @@ class TorchReference:
         self._head = head
         self._linears = dict(linears or {})
         self._batch = batch
+        self._inner = inner
 
     @property
     def n_blocks(self) -> int:
@@ -169,7 +177,7 @@ class TorchReference:
         weights = {name: self._read(prefix + name) for name in layer.state_dict()}
         layer.load_state_dict(weights, assign=True)
         layer.eval().requires_grad_(False)
-        block = DecoderBlock(layer, self._rotary)
+        block = DecoderBlock(layer, self._rotary, self._inner)
         for name, wrap in self._linears.items():
             if name.startswith(prefix):
                 relative = name.removeprefix(prefix).removesuffix(".weight")

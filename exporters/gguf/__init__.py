@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from exporters.gguf.types import file_type, ggml_type, row_bytes
     from exporters.gguf.unpacking import unpack
     from exporters.gguf.vocabulary import TokenType, Vocabulary
-    from exporters.gguf.writer import TensorEntry, check_writable, write_gguf
+    from exporters.gguf.writer import (
+        TensorEntry,
+        check_writable,
+        header_bytes,
+        padded,
+        write_gguf,
+    )
 
 __all__ = [
     "TensorEntry",
@@ -26,8 +32,10 @@ __all__ = [
     "file_type",
     "ggml_type",
     "gguf_name",
+    "header_bytes",
     "hyperparameters",
     "pack",
+    "padded",
     "permute_rope",
     "read_vocabulary",
     "rope_factors",
@@ -45,7 +53,7 @@ _HOMES = {
     "types": ("file_type", "ggml_type", "row_bytes"),
     "unpacking": ("unpack",),
     "vocabulary": ("TokenType", "Vocabulary"),
-    "writer": ("TensorEntry", "check_writable", "write_gguf"),
+    "writer": ("TensorEntry", "check_writable", "header_bytes", "padded", "write_gguf"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

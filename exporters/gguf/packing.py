@@ -2,7 +2,8 @@
 
 Layouts: ``block_*`` structs of ggml-common.h. A packer takes the blocks of some rows, codes int8
 [blocks, block size] and scale fields [blocks, fields per block], and returns uint8
-[blocks, block bytes]. A new type is one such function and its line in `_PACKERS`.
+[blocks, block bytes]. A new type is one such function and its line in `_PACKERS`. Types with a
+codebook are in `exporters.gguf.packing_codebooks`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from exporters.gguf.packing_codebooks import CODEBOOK_PACKERS
 from exporters.gguf.types import row_bytes
 from pipeline.errors import UnsupportedError, VerificationError
 from pipeline.quantization.formats import GGML_FORMATS, Format, QuantizedTensor
@@ -201,6 +203,7 @@ _PACKERS: dict[str, Callable[[Array, Fields], Array]] = {
     "Q8_0": _q8_0,
     "TQ1_0": _tq1_0,
     "TQ2_0": _tq2_0,
+    **CODEBOOK_PACKERS,
 }
 
 
@@ -270,16 +273,20 @@ def _check_scales(fields: Fields, fmt: Format, rows: int, width: int) -> None:
         limits = ranges.get(name)
         if limits is None:
             _check_stored(name, field, fmt)
-        elif not _inside(field, limits):
+        elif not _inside(field, limits, step := fmt.sub_step if name == "sc" else 1):
             low, high = limits
+            steps = f" in steps of {step}" if step > 1 else ""
             raise VerificationError(
-                f"scale field {name!r} of {fmt.name} is not integers in {low}..{high}"
+                f"scale field {name!r} of {fmt.name} is not integers in {low}..{high}{steps}"
             )
 
 
-def _inside(field: Array, limits: tuple[int, int]) -> bool:
+def _inside(field: Array, limits: tuple[int, int], step: int) -> bool:
     low, high = limits
-    return bool(np.issubdtype(field.dtype, np.integer) and ((field >= low) & (field <= high)).all())
+    if not np.issubdtype(field.dtype, np.integer):
+        return False
+    inside = (field >= low) & (field <= high) & ((field.astype(np.int64) - low) % step == 0)
+    return bool(inside.all())
 
 
 def _check_stored(name: str, field: Array, fmt: Format) -> None:

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from gguf import GGUFValueType, GGUFWriter
+from gguf import GGUF_DEFAULT_ALIGNMENT, GGUFValueType, GGUFWriter
 from numpy.typing import NDArray
 
 from exporters.gguf.fields import Config, KeyValue
@@ -115,6 +116,42 @@ def write_gguf(
     check_writable(config, vocabulary, [entry.name for entry in tensors], name)
     _check_shapes(tensors)
     metadata = _metadata(config, vocabulary, file_type, name, provenance or {})
+    with _head_written(path, config, metadata, tensors) as writer:
+        _write(path, writer, tensors)
+
+
+def header_bytes(
+    *,
+    config: Config,
+    vocabulary: Vocabulary | None,
+    tensors: Sequence[TensorEntry],
+    file_type: str,
+    provenance: Mapping[str, str] | None = None,
+    name: str = "",
+) -> int:
+    """Bytes before the first tensor's data in the file that `write_gguf` makes of the same
+    arguments, padding included; no tensor is read.
+
+    They do not depend on the tensors' types nor on the file type, only on names and shapes.
+    """
+    metadata = _metadata(config, vocabulary, file_type, name, provenance or {})
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "head.gguf"
+        with _head_written(path, config, metadata, tensors):
+            pass
+        return padded(path.stat().st_size)
+
+
+def padded(nbytes: int) -> int:
+    """Bytes that data take in the file: each tensor's begin at a multiple of the alignment."""
+    return -(-nbytes // GGUF_DEFAULT_ALIGNMENT) * GGUF_DEFAULT_ALIGNMENT
+
+
+@contextmanager
+def _head_written(
+    path: Path, config: Config, metadata: Sequence[KeyValue], tensors: Sequence[TensorEntry]
+) -> Iterator[GGUFWriter]:
+    """A writer that is about to write the first tensor's data."""
     with _disk_errors(path):
         writer = GGUFWriter(path, config["model_type"])
         for key, kind, value in metadata:
@@ -130,17 +167,17 @@ def write_gguf(
             )
         writer.open_output_file()
     try:
-        _write(path, writer, tensors)
+        with _disk_errors(path):
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        yield writer
     finally:
         with _disk_errors(path):
             writer.close()
 
 
 def _write(path: Path, writer: GGUFWriter, tensors: Sequence[TensorEntry]) -> None:
-    with _disk_errors(path):
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
     for entry in tensors:
         stored = _stored(entry)
         with _disk_errors(path):

@@ -16,6 +16,7 @@ from exporters.config_fields import Config
 from exporters.onnx.attention import ATTENTIONS, AttentionKind, Inputs, StandardAttention
 from exporters.onnx.graph_builder import GraphBuilder
 from exporters.onnx.names import EMBEDDING, HEAD
+from exporters.onnx.rotation import BlockRotation, KroneckerPair
 from exporters.onnx.size import DecoderSize, Rotary, check_rotary, check_tensors
 from exporters.onnx.weights import WeightEntry, Weights
 from pipeline.errors import InputError
@@ -32,7 +33,11 @@ numbers, more nodes.
 
 
 def decoder_model(
-    config: Config, entries: Sequence[WeightEntry], rotary: Rotary, attention: AttentionKind
+    config: Config,
+    entries: Sequence[WeightEntry],
+    rotary: Rotary,
+    attention: AttentionKind,
+    inner_rotation: KroneckerPair | None = None,
 ) -> ir.Model:
     """The model; weights are read when it is saved.
 
@@ -41,6 +46,8 @@ def decoder_model(
         entries: All tensors of the model.
         rotary: Its position embedding.
         attention: Operators to use, see `exporters.onnx.attention`.
+        inner_rotation: What the input of every down_proj is rotated by, see
+            `exporters.onnx.rotation`; None is nothing.
 
     Raises:
         InputError: A tensor is missing, or the config makes no sense.
@@ -56,9 +63,13 @@ def decoder_model(
     weights = Weights(build, entries)
     inputs, pasts = _inputs(build, size)
     chosen = ATTENTIONS[attention](build, size, rotary, inputs)
+    rotation = None
+    if inner_rotation is not None:
+        width = shapes["model.layers.0.mlp.down_proj.weight"][1]
+        rotation = BlockRotation(build, inner_rotation, width)
     x = weights.embed(inputs.ids)
     for index in range(size.layers):
-        x, keys, values = _block(build, weights, chosen, size, x, index, pasts[index])
+        x, keys, values = _block(build, weights, chosen, size, x, index, pasts[index], rotation)
         for word, present in (("key", keys), ("value", values)):
             shape: list[str | int] = [*_cache_shape(size, "total_sequence_length")]
             build.output(present, f"present.{index}.{word}", ir.DataType.FLOAT, shape)
@@ -106,6 +117,7 @@ def _block(
     x: ir.Value,
     index: int,
     past: tuple[ir.Value, ir.Value],
+    rotation: BlockRotation | None,
 ) -> tuple[ir.Value, ir.Value, ir.Value]:
     """Residual stream after the block, and its keys and values with those of the past."""
     prefix = f"model.layers.{index}"
@@ -140,5 +152,7 @@ def _block(
         "Mul", gate, build.op("Sigmoid", gate, name=f"{prefix}.mlp"), name=f"{prefix}.mlp.silu"
     )
     inner = build.op("Mul", gated, linear(h, "mlp.up_proj"), name=f"{prefix}.mlp.inner")
+    if rotation is not None:
+        inner = rotation(inner, f"{prefix}.mlp.rotated")
     x = build.op("Add", x, linear(inner, "mlp.down_proj"), name=f"{prefix}.after_mlp")
     return x, keys, values

@@ -17,6 +17,7 @@ from exporters.onnx.attention import AttentionKind
 from exporters.onnx.decoder import decoder_model
 from exporters.onnx.genai import genai_config
 from exporters.onnx.names import DATA, GENAI_CONFIG, MODEL, PROVENANCE, TYPES
+from exporters.onnx.rotation import KroneckerPair
 from exporters.onnx.size import Rotary
 from exporters.onnx.weights import WeightEntry
 from pipeline.errors import PipelineError, ResourceError, UsageError
@@ -39,6 +40,7 @@ def write_onnx(
     rotary: Rotary,
     attention: AttentionKind = "standard",
     provenance: Mapping[str, str] | None = None,
+    inner_rotation: KroneckerPair | None = None,
 ) -> Path:
     """Writes `MODEL`, `DATA` and `GENAI_CONFIG` into a folder. The same input gives the same bytes.
 
@@ -52,6 +54,7 @@ def write_onnx(
         rotary: Position embedding.
         attention: Operators to use, see `exporters.onnx.attention`.
         provenance: More metadata, under keys that start with `PROVENANCE`.
+        inner_rotation: Rotates the input of every down_proj, see `exporters.onnx.rotation`.
 
     Returns:
         Path of `MODEL`.
@@ -63,7 +66,7 @@ def write_onnx(
         UsageError: A provenance key that is not free.
         ResourceError: The disk is full or a file cannot be written.
     """
-    model = decoder_model(config, entries, rotary, attention)
+    model = decoder_model(config, entries, rotary, attention, inner_rotation)
     model.metadata_props.update(_metadata(entries, provenance or {}))
     integers = [entry.storage.bits for entry in entries if entry.storage is not None]
     genai = genai_config(config, exact=bool(integers) and set(integers) == {4})

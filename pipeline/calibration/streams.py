@@ -15,11 +15,15 @@ KEPT_BYTES = 2**31
 """Most memory that a stream takes to compute the inputs of the site down once and not twice."""
 
 
-class Block(Protocol):
-    """What a decoder block must offer, see `runtimes.torch_reference.DecoderBlock`."""
+class HasSites(Protocol):
+    """What can say what the linears of a site get."""
 
     def site_input(self, site: str, residual: Tensor, heads: Tensor | None = None) -> Tensor:
         """Input of the site's linears."""
+
+
+class Block(HasSites, Protocol):
+    """What a decoder block must offer, see `runtimes.torch_reference.DecoderBlock`."""
 
     def heads(self, residual: Tensor) -> Tensor:
         """Concatenated heads' outputs."""
@@ -46,7 +50,7 @@ class Stream:
     heads: list[Tensor] = field(default_factory=list)
     inner: list[Tensor] = field(default_factory=list)
 
-    def site_input(self, block: Block, site: str, batch: int) -> Tensor:
+    def site_input(self, block: HasSites, site: str, batch: int) -> Tensor:
         """Input of a site's linears for one batch."""
         if site == "down" and self.inner:
             return self.inner[batch]
@@ -122,10 +126,11 @@ class MomentOptions:
 @torch.inference_mode()
 def site_moments(
     site: str,
-    quantized: tuple[Block, Stream],
-    reference: tuple[Block, Stream] | None,
+    quantized: tuple[HasSites, Stream],
+    reference: tuple[HasSites, Stream] | None,
     name: str,
     options: MomentOptions | None = None,
+    weights: Tensor | None = None,
 ) -> SiteMoments:
     """Second moments of one site's inputs over all calibration tokens.
 
@@ -135,6 +140,7 @@ def site_moments(
         reference: The float block and its stream; None for symmetric calibration.
         name: Name of block and site, for messages.
         options: What else to accumulate.
+        weights: How much each token counts, [samples, length]; None is 1.
     """
     options = options or MomentOptions()
     block, stream = quantized
@@ -159,6 +165,11 @@ def site_moments(
                 name=name,
                 device=inputs.device,
             )
+        if weights is not None:
+            # All sums are bilinear in these three.
+            root = weights[sample : sample + len(inputs)].to(inputs).sqrt()[..., None]
+            inputs = root * inputs
+            other, lost = (None if t is None else root * t for t in (other, lost))
         sums[parts[batch]].add(inputs, other, sample, coefficients, lost)
         sample += len(inputs)
     apart = sums.pop("held out", None)

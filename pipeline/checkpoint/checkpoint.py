@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.architectures import Architecture, get_architecture
+from pipeline.architectures.base import EMBEDDING, HEAD
 from pipeline.checkpoint.files import read_json
 from pipeline.checkpoint.packed import PackedMatrix, find_scheme, unpacked
 from pipeline.checkpoint.source import METADATA_FILES, fetch_weights, locate
@@ -38,6 +39,7 @@ class Checkpoint:
         notes: What the user should know; nothing that stops a run.
         packed: Matrices that are stored as 4-bit integers and scales already, by name. `read` gives
             what they stand for.
+        head_copied: Whether the head is a copy of the embedding that the files do not hold.
     """
 
     source: str
@@ -49,6 +51,7 @@ class Checkpoint:
     notes: tuple[str, ...]
     _weights: Weights
     packed: Mapping[str, PackedMatrix] = field(default_factory=dict)
+    head_copied: bool = False
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -94,8 +97,21 @@ class Checkpoint:
 
     @property
     def num_parameters(self) -> int:
-        """Weights and biases; a tied head counts once."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
+        """Weights and biases; a tied head counts once, whether it is copied or not."""
+        copied = math.prod(self.shapes[HEAD]) if self.head_copied else 0
+        return sum(math.prod(shape) for shape in self.shapes.values()) - copied
+
+    def untied(self) -> Checkpoint:
+        """The same model with a tied head as a matrix of its own: a copy of the embedding."""
+        tensors = {**self._weights.tensors, HEAD: self._weights.tensors[EMBEDDING]}
+        loaders = {**self._weights.loaders, HEAD: self._weights.loaders[EMBEDDING]}
+        return replace(
+            self,
+            tied=False,
+            config={**self.config, "tie_word_embeddings": False},
+            _weights=replace(self._weights, tensors=tensors, loaders=loaders),
+            head_copied=True,
+        )
 
     @property
     def nbytes(self) -> int:

@@ -1,8 +1,8 @@
 """Hot loops. Each has compiled forms and a plain PyTorch twin that must agree with them.
 
 The device is chosen by where the tensors are: Numba (`pipeline.kernels.cpu`) on the CPU, Triton
-(`pipeline.kernels.gpu`) on a GPU for the dense sweep, column rounding and descent with one scale a
-group, the twin (`pipeline.kernels.twin`) for all else.
+(`pipeline.kernels.gpu`) on a GPU for the dense sweep, column rounding, descent, sub-scales and
+affine codes, the twin (`pipeline.kernels.twin`) for all else.
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from pipeline.kernels.diagonal import piso_sweep_diagonal
 from pipeline.kernels.lookahead import sequential_loss
 from pipeline.kernels.sub_scales import SubScales, fit_sub_scales
 from pipeline.kernels.sweep import SweepResult, piso_sweep
+from pipeline.kernels.vectors import FittedVectors, fit_vectors
 
 __all__ = [
+    "FittedVectors",
     "SubScales",
     "SweepResult",
     "affine_lines",
@@ -23,6 +25,7 @@ __all__ = [
     "descend",
     "fit_free",
     "fit_sub_scales",
+    "fit_vectors",
     "piso_sweep",
     "piso_sweep_diagonal",
     "round_columns",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.kernels.twin import affine as twin
+from pipeline.kernels.device import gpu_form
 from pipeline.quantization.formats import ScaleLattice
 
 LEAST_CURVATURE = 1e-11
@@ -54,7 +54,8 @@ def affine_lines(
     at = torch.full(lines.shape[:2], -1, device=w.device) if anchors is None else anchors
     at, paths, top = at.long().contiguous(), lines.double().contiguous(), float(levels - 1)
     if w.device.type != "cpu":
-        gains, codes = twin.affine_lines(w, reduced, b, top, paths, at, least)
+        form = gpu_form("affine", w)
+        gains, codes = form.affine_lines(w, reduced, b, top, paths, at, least)
         return gains, codes.long()
     from pipeline.kernels.cpu import affine as compiled
 
@@ -93,7 +94,8 @@ def affine_offsets(
     limits = (lattice.significand_bits, lattice.min_step_exponent, least, lattice.max_value)
     top = float(levels - 1)
     if w.device.type != "cpu":
-        scale, offset, codes, objective = twin.affine_offsets(w, M, b, top, s, *limits)
+        form = gpu_form("affine", w)
+        scale, offset, codes, objective = form.affine_offsets(w, M, b, top, s, *limits)
         return scale, offset, codes.long(), objective
     from pipeline.kernels.cpu import affine as compiled
 

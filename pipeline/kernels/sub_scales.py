@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeline.kernels.device import gpu_form
+
 
 class SubScales(NamedTuple):
     """What was found for every row.
@@ -64,10 +66,9 @@ def fit_sub_scales(
         indices = torch.zeros(w.shape, dtype=torch.int64, device=w.device)
     sc, mn, indices = (t.long().contiguous() for t in (sc, mn, indices))
     if w.device.type != "cpu":
-        from pipeline.kernels.twin import sub_scales as twin
-
+        form = gpu_form("sub_scales", w)
         return SubScales(
-            *twin.fit_sub_scales(
+            *form.fit_sub_scales(
                 w, M, c, d, dmin, sc, mn, indices, given, grid, *ranges, reach, sweeps
             )
         )

@@ -118,7 +118,8 @@ def quantize_layer(
         mismatch: Share of the mismatch correction of every row, [out, 1], instead of the options'.
 
     Raises:
-        UnsupportedError: The width does not divide into the format's blocks.
+        UnsupportedError: The width does not divide into the format's blocks, or the rounding cannot
+            choose vectors of a codebook.
     """
     width = weight.shape[1]
     if not fmt.fits(width):
@@ -126,6 +127,12 @@ def quantize_layer(
             f"type {fmt.name} cannot hold rows of {width} weights",
             why=f"it stores blocks of {fmt.block_of(width)} and {width} is not a multiple of that",
             fix="choose a type with smaller blocks, or allow replacement with --allow-fallback",
+        )
+    if fmt.codebook is not None and options.rounding in ("gptaq", "gpfq"):
+        raise UnsupportedError(
+            f"type {fmt.name} cannot be rounded by {options.rounding}",
+            why="its vectors are chosen as a whole, and that method rounds column by column",
+            fix="use quantization.rounding gptq (with mismatch it is Qronos), or another type",
         )
     share = options.mismatch if mismatch is None else mismatch
     target = objective.target(weight, share, options.stream_correction)

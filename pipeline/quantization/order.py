@@ -37,6 +37,8 @@ class ColumnOrder:
     def by_activation(cls, diagonal: Tensor, fmt: Format) -> ColumnOrder:
         """Descending mass of ``diag(H)``: super-groups, groups inside them, columns inside those.
 
+        Formats with a codebook keep their vectors whole, too: these are ordered by their mass.
+
         Args:
             diagonal: ``diag(H)``, [in].
             fmt: Format whose groups stay whole (formats without activation indices).
@@ -51,7 +53,7 @@ class ColumnOrder:
             [b * (block // group) + _descending(per_block[b]) for b in block_order]
         )
         per_group = mass.reshape(-1, group)
-        column_order = torch.cat([g * group + _descending(per_group[g]) for g in group_order])
+        column_order = torch.cat([g * group + _inside(per_group[g], fmt) for g in group_order])
         return cls(column_order, group_order, block_order)
 
     @classmethod
@@ -71,8 +73,16 @@ class ColumnOrder:
         group_order = torch.cat(
             [b * per_block + torch.randperm(per_block, generator=generator) for b in block_order]
         )
-        columns = torch.cat([g * group + _descending(mass[g]) for g in group_order])
+        columns = torch.cat([g * group + _inside(mass[g], fmt) for g in group_order])
         return cls(columns, group_order, block_order)
+
+
+def _inside(mass: Tensor, fmt: Format) -> Tensor:
+    """Places of one group's columns by descending mass, vectors kept whole, int64 [group]."""
+    if fmt.vector == 1:
+        return _descending(mass)
+    vectors = _descending(mass.reshape(-1, fmt.vector).sum(1))
+    return (vectors[:, None] * fmt.vector + torch.arange(fmt.vector)).reshape(-1)
 
 
 def _descending(values: Tensor) -> Tensor:

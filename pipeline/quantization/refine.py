@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeline.kernels import descend, fit_free, fit_sub_scales
+from pipeline.kernels import descend, fit_free, fit_sub_scales, fit_vectors
 from pipeline.quantization.formats import (
     Format,
     QuantizedTensor,
@@ -24,6 +24,7 @@ from pipeline.quantization.formats import (
 )
 from pipeline.quantization.scales.absmax import may_mirror
 from pipeline.quantization.scales.hierarchical import REACH, SWEEPS, integer_ranges
+from pipeline.quantization.scales.vectors import neighbours
 
 LAZY_COLUMNS = 256
 """Columns whose changes are gathered before they update the residual of all others."""
@@ -154,7 +155,7 @@ class _State:
         (two with offsets); notes on two-stage grid optimization (arXiv 2602.02126) call the
         coordinate-wise form of this stage 2.
         """
-        zero = self._zero_points()
+        zero = _zero_points(self.fmt, self.fields)
         basis = self._basis()
         fitted = torch.cat(
             [
@@ -169,7 +170,7 @@ class _State:
         rounded = self.fmt.scale_lattice.round(fitted).float()
         old_fields, old_values, old_residual = dict(self.fields), self.values, self.residual
         before = self.loss()
-        for k, name in enumerate(self._names()):
+        for k, name in enumerate(_fitted(self.fmt)):
             self.fields[name] = rounded[..., k].contiguous()
         if self.fmt.zero_points:
             self.fields["m"] = zero_offset(self.fields["d"], zero.float())
@@ -180,25 +181,15 @@ class _State:
         self.values = torch.where(better, self.values, old_values)
         self.residual = torch.where(better, self.residual, old_residual)
 
-    def _names(self) -> tuple[str, ...]:
-        if not self.fmt.affine or self.fmt.zero_points:
-            return ("d",)
-        return ("d", "m") if self.fmt.sub_offset is None else ("d", "dmin")
-
-    def _zero_points(self) -> Tensor:
-        """Zero point of each group, float64 [out, groups]; 0 for formats without."""
-        d = self.fields["d"].double()
-        if not self.fmt.zero_points:
-            return torch.zeros_like(d)
-        return zero_points(self.fmt, d, self.fields["m"].double())
-
     def _basis(self) -> list[Tensor]:
         """What multiplies each stored scale and offset at every weight, each [out, in]."""
         levels = self.levels[self.indices]
         if self.fmt.sub_scale is not None:
             levels = levels * self.fields["sc"].double().repeat_interleave(self.group, dim=1)
         if self.fmt.zero_points:
-            return [levels - self._zero_points().repeat_interleave(self.group, dim=1)]
+            return [
+                levels - _zero_points(self.fmt, self.fields).repeat_interleave(self.group, dim=1)
+            ]
         if not self.fmt.affine:
             return [levels]
         if self.fmt.sub_offset is None:
@@ -273,6 +264,8 @@ class _State:
 
     def _descend_integers(self, part: slice) -> Tensor:
         """Codes and integers of one group under the super-scales that it has."""
+        if self.fmt.codebook is not None:
+            return self._descend_vectors(part)
         M, old = self.hessian[part, part], self.values[:, part]
         linear = self.residual[:, part] + old @ M
         centre = old + torch.linalg.solve(M, self.residual[:, part].T).T
@@ -301,6 +294,36 @@ class _State:
         change = new - old
         self.values[:, part] = new
         return change
+
+    def _descend_vectors(self, part: slice) -> Tensor:
+        """Codebook vectors and sub-scale of one group under the super-scale that it has."""
+        M, old = self.hessian[part, part], self.values[:, part]
+        centre = old + torch.linalg.solve(M, self.residual[:, part].T).T
+        g, s = part.start // self.group, part.start // self.block
+        d, sc = self.fields["d"][:, s].double(), self.fields["sc"][:, g].long()
+        tried = neighbours(sc, self.fmt)
+        start = d * sc, self.indices[:, part]
+        found = fit_vectors(centre, M, d[:, None] * tried, self.fmt, start=start, sweeps=SWEEPS)
+        kept = torch.cat([tried, sc[:, None]], dim=1).gather(1, found.chosen[:, None])
+        new = d[:, None] * kept * self.levels[found.level_indices]
+        self.indices[:, part] = found.level_indices
+        self.fields["sc"][:, g] = kept[:, 0].to(torch.int8)
+        change = new - old
+        self.values[:, part] = new
+        return change
+
+
+def _fitted(fmt: Format) -> tuple[str, ...]:
+    """Stored fields that are numbers of the scale's lattice."""
+    if not fmt.affine or fmt.zero_points:
+        return ("d",)
+    return ("d", "m") if fmt.sub_offset is None else ("d", "dmin")
+
+
+def _zero_points(fmt: Format, fields: dict[str, Tensor]) -> Tensor:
+    """Zero point of each group, float64 [out, groups]; 0 for formats without."""
+    d = fields["d"].double()
+    return zero_points(fmt, d, fields["m"].double()) if fmt.zero_points else torch.zeros_like(d)
 
 
 def _values(quantized: QuantizedTensor) -> Tensor:

@@ -46,6 +46,6 @@ def emit(folder: Path, model: QuantizedModel, recipe: Recipe, texts: Texts) -> N
 def _emit_logits(path: Path, model: QuantizedModel, texts: Texts) -> None:
     source = model.source
     protocol, tokens = next(iter(texts.evaluation.items()))
-    reference = TorchReference(source.config, source.read, head=source.head)
+    reference = TorchReference(source.config, source.original, head=source.head)
     logits = (rows.numpy() for rows in reference.logits(tokens, protocol.first))
     write_kld_base(path, tokens.numpy().astype(np.int32), logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from exporters.gguf import (
     TensorEntry,
     gguf_name,
+    header_bytes,
+    padded,
     permute_rope,
     rope_factors,
     rope_heads,
@@ -20,6 +23,7 @@ from exporters.gguf import (
 from pipeline import __version__
 from pipeline.recipe import Recipe
 from pipeline.stages.load import Source
+from pipeline.stages.plan import TypePlan
 from pipeline.stages.quantize import QuantizedModel
 from pipeline.stages.stored import digest
 
@@ -55,19 +59,56 @@ def export(path: Path, model: QuantizedModel, recipe: Recipe) -> dict[str, Any]:
         promise(hf_name, stored.type, stored.dequantize().numpy())
         return stored.rows()
 
+    write_gguf(
+        path,
+        tensors=_entries(source, rows, source.plan.types),
+        **_description(source, recipe),
+    )
+    return promised
+
+
+def _description(source: Source, recipe: Recipe) -> dict[str, Any]:
+    """What the file says besides its tensors, as arguments of `write_gguf`."""
     method = f"{recipe.quantization.rounding} with {recipe.quantization.scales} scales"
     if source.packed_by:
         method = f"repacked from {source.packed_by}"
-    write_gguf(
-        path,
-        config=source.checkpoint.config,
-        vocabulary=source.vocabulary,
-        tensors=_entries(source, rows, source.plan.types),
-        file_type=source.file_type,
-        provenance={"piso.generator": f"piso-deploy {__version__}", "piso.method": method},
-        name=source.name,
-    )
-    return promised
+    return {
+        "config": source.checkpoint.config,
+        "vocabulary": source.vocabulary,
+        "file_type": source.file_type,
+        "provenance": {"piso.generator": f"piso-deploy {__version__}", "piso.method": method},
+        "name": source.name,
+    }
+
+
+@dataclass(frozen=True)
+class FileSizes:
+    """What a file takes, before it is written.
+
+    Attributes:
+        fixed: Bytes of everything but the matrices of the plan: metadata, tokenizer, norms.
+        shapes: Shape of each matrix of the plan by Hugging Face name.
+    """
+
+    fixed: int
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def of(self, name: str, kind: str) -> int:
+        """Bytes of one matrix in a type, padding included."""
+        return padded(TypePlan({name: kind}, ()).size_bytes({name: self.shapes[name]}))
+
+    def total(self, types: Mapping[str, str]) -> int:
+        """Bytes of the file with the matrices in these types."""
+        return self.fixed + sum(self.of(name, types[name]) for name in self.shapes)
+
+
+def file_sizes(source: Source, recipe: Recipe) -> FileSizes:
+    """Sizes of the file that `export` would write, whatever types its matrices get."""
+    entries = _entries(source, lambda name: np.zeros(0), source.plan.types)
+    shapes = {name: source.shapes[name] for name in source.plan.types}
+    matrices = {gguf_name(name) for name in shapes}
+    rest = sum(padded(entry.nbytes) for entry in entries if entry.name not in matrices)
+    return FileSizes(header_bytes(tensors=entries, **_description(source, recipe)) + rest, shapes)
 
 
 def export_twin(path: Path, read: Callable[[str], Tensor], source: Source) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from exporters.onnx import Rotary, WeightEntry, integer_weight, write_onnx
 from exporters.onnx.decoder import decoder_model
+from exporters.onnx.rotation import KroneckerPair
 from exporters.onnx.weights import Content
 from pipeline.quantization.formats import QuantizedTensor
 from pipeline.recipe import Recipe
@@ -21,6 +22,8 @@ from pipeline.stages.load import Source
 from pipeline.stages.quantize import QuantizedModel
 from pipeline.stages.stored import digest
 from pipeline.storage import reported
+from pipeline.transforms.changes import run_time_rotation
+from pipeline.transforms.online import kronecker_pair
 from pipeline.versions import versions
 from runtimes.torch_reference import TorchReference
 
@@ -49,7 +52,8 @@ def check_onnx(source: Source, recipe: Recipe) -> None:
         raise ValueError(f"{name} is not to be read")
 
     entries = _entries(source, unread, recipe)
-    decoder_model(source.checkpoint.config, entries, rotary_of(source), recipe.onnx.attention)
+    config, attention = source.checkpoint.config, recipe.onnx.attention
+    decoder_model(config, entries, rotary_of(source), attention)
 
 
 def export_onnx(folder: Path, model: QuantizedModel, recipe: Recipe) -> tuple[Path, dict[str, Any]]:
@@ -88,6 +92,7 @@ def export_onnx(folder: Path, model: QuantizedModel, recipe: Recipe) -> tuple[Pa
         entries=_entries(source, read, recipe),
         rotary=rotary_of(source),
         attention=recipe.onnx.attention,
+        inner_rotation=_inner_rotation(source),
         provenance={
             "piso.generator": f"piso-deploy {versions()['piso-deploy']}",
             "piso.method": method,
@@ -125,6 +130,12 @@ def rotary_of(source: Source) -> Rotary:
     """The model's position embedding."""
     frequencies, magnitude = TorchReference(source.config, source.read).rotary
     return Rotary(frequencies, magnitude)
+
+
+def _inner_rotation(source: Source) -> KroneckerPair | None:
+    """What the graph rotates the inputs of down_proj by."""
+    rotation = run_time_rotation(source.changes)
+    return None if rotation is None else kronecker_pair(rotation)
 
 
 def _add_companions(folder: Path, source: Source) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,11 @@ from pipeline.checkpoint import Checkpoint, hf_config, load_tokenizer, open_chec
 from pipeline.demo import MODEL as DEMO
 from pipeline.mixes import ALIASES, base_type
 from pipeline.recipe import Recipe
+from pipeline.report import Gate
 from pipeline.stages.plan import TypePlan, plan_types
+from pipeline.stages.untie import prepare_for_transforms
+from pipeline.transforms.changes import Change, changed, run_time_rotation
+from pipeline.transforms.operators import Rotation
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerFast
@@ -40,6 +45,10 @@ class Source:
         calibration: Name of the calibration text.
         file_type: What the file announces itself as: the mix or type asked for, or the type that
             holds most weights if that was replaced.
+        changes: What transforms did to the checkpoint's weights; `read` has them applied.
+        exactness: Gates on those changes.
+        rewrite_notes: What transforms left out of what was asked, and what they found.
+        bounds: How far outliers can reach after block rotations, before and after permutations.
     """
 
     checkpoint: Checkpoint
@@ -49,6 +58,10 @@ class Source:
     plan: TypePlan
     calibration: str
     file_type: str
+    changes: tuple[Change, ...] = ()
+    exactness: tuple[Gate, ...] = ()
+    rewrite_notes: tuple[str, ...] = ()
+    bounds: tuple[dict[str, Any], ...] = ()
 
     @property
     def head(self) -> str:
@@ -90,7 +103,7 @@ class Source:
             "revision": checkpoint.revision,
             "architecture": checkpoint.architecture.model_type,
             "parameters": checkpoint.num_parameters,
-            "tied": checkpoint.tied,
+            "tied": checkpoint.tied or checkpoint.head_copied,
             "files": checkpoint.fingerprint(),
             **({"packed": self.packed_by} if self.packed_by else {}),
         }
@@ -104,10 +117,34 @@ class Source:
         return shapes
 
     def read(self, name: str) -> torch.Tensor:
-        """A float weight, float32; a tied head reads the embedding."""
+        """A float weight after all transforms, float32; a tied head reads the embedding."""
+        return self.exact(name).float() if self.changes else self.original(name)
+
+    @property
+    def online(self) -> Rotation | None:
+        """What the graph does to the input of every down_proj at run time, if anything."""
+        return run_time_rotation(self.changes)
+
+    @property
+    def inner(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """The same as a function, for `runtimes.torch_reference.TorchReference`."""
+        rotation = self.online
+        return None if rotation is None else rotation.apply
+
+    def exact(self, name: str) -> torch.Tensor:
+        """The same in float64: transforms are computed in it, one tensor at a time."""
+        if name == HEAD and self.checkpoint.tied:
+            name = EMBEDDING
+        return changed(self._original64, self.changes)(name).contiguous()
+
+    def original(self, name: str) -> torch.Tensor:
+        """A float weight as the checkpoint has it, float32; a tied head reads the embedding."""
         if name == HEAD and self.checkpoint.tied:
             name = EMBEDDING
         return self.checkpoint.read(name, torch.float32)
+
+    def _original64(self, name: str) -> torch.Tensor:
+        return self.original(name).double()
 
 
 def open_source(recipe: Recipe, *, allow_pickle: bool) -> Source:
@@ -123,6 +160,7 @@ def open_source(recipe: Recipe, *, allow_pickle: bool) -> Source:
         revision=recipe.revision,
         allow_pickle=allow_pickle,
     )
+    checkpoint = prepare_for_transforms(checkpoint, recipe)
     tokenizer = load_tokenizer(checkpoint)
     gguf = "gguf" in recipe.targets
     vocabulary = read_vocabulary(tokenizer, checkpoint.config) if gguf else None
@@ -144,6 +182,6 @@ def open_source(recipe: Recipe, *, allow_pickle: bool) -> Source:
 
 
 def _file_type(most: str, recipe: Recipe) -> str:
-    if most != base_type(recipe.type):
+    if most != base_type(recipe.weight_type):
         return most
-    return most if recipe.pure else ALIASES.get(recipe.type, recipe.type)
+    return most if recipe.pure else ALIASES.get(recipe.weight_type, recipe.weight_type)

@@ -58,7 +58,8 @@ def write_models(folder: Path, model: QuantizedModel, recipe: Recipe) -> list[Mo
         if target == "onnx":
             written.append(ModelFile(target, *export_onnx(folder, model, recipe)))
             continue
-        path = folder / f"{model.source.name}-{model.source.file_type}.gguf"
+        kind = recipe.label if recipe.budgeted else model.source.file_type
+        path = folder / f"{model.source.name}-{kind}.gguf"
         written.append(ModelFile(target, path, export(path, model, recipe)))
     return written
 

@@ -13,7 +13,7 @@ from exporters.onnx.integers import row_bytes as integer_row_bytes
 from pipeline.architectures.base import EMBEDDING, HEAD
 from pipeline.checkpoint import MIDDLE, Checkpoint, PackedMatrix
 from pipeline.errors import UnsupportedError, UsageError
-from pipeline.mixes import Matrix, base_type, embedding_type, head_type, mix_type
+from pipeline.mixes import Matrix, base_type, embedding_type, head_type, mix_type, pure_type
 from pipeline.quantization.formats import get_format
 from pipeline.recipe import Recipe, split_tensor_type
 from pipeline.stages.stored import FLOAT_TYPES
@@ -21,7 +21,7 @@ from pipeline.targets import is_integer_type, smaller_group
 
 REPLACEMENTS = {
     **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
-    "IQ4_XS": "IQ4_NL",
+    **dict.fromkeys(("IQ4_XS", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "IQ4_NL"),
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
@@ -95,10 +95,10 @@ def plan_types(checkpoint: Checkpoint, recipe: Recipe) -> TypePlan:
 def _tables(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
     """Embedding and head: as asked for, else by the mix's rules."""
     embedding, head = recipe.token_embedding_type, recipe.output_tensor_type
-    base = base_type(recipe.type)
+    base = pure_type(recipe.weight_type)
     width = checkpoint.shape(EMBEDDING)[1]
-    of_head = base if recipe.pure else head_type(recipe.type, width)
-    of_embedding = base if recipe.pure else embedding_type(recipe.type)
+    of_head = base if recipe.pure else head_type(recipe.weight_type, width)
+    of_embedding = base if recipe.pure else embedding_type(recipe.weight_type)
     if "onnx" in recipe.targets and not recipe.pure:
         of_embedding, of_head = ONNX_TABLES
     if not checkpoint.tied:
@@ -120,9 +120,9 @@ def _linears(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:
                 dimensions.layers,
                 dimensions.heads / dimensions.kv_heads,
             )
-            base = base_type(recipe.type)
+            base = pure_type(recipe.weight_type)
             pure = recipe.pure or "onnx" in recipe.targets
-            wanted[name] = base if pure else mix_type(recipe.type, matrix)
+            wanted[name] = base if pure else mix_type(recipe.weight_type, matrix)
     return wanted
 
 
@@ -149,7 +149,9 @@ def _keep_packed(wanted: dict[str, str], checkpoint: Checkpoint, recipe: Recipe)
     """Types that hold the integers of a checkpoint that is 4-bit already, F16 for the others."""
     if not checkpoint.packed:
         return
-    other = recipe.type if base_type(recipe.type) not in REPACKED else None
+    other = recipe.label if base_type(recipe.weight_type) not in REPACKED else None
+    if recipe.budgeted:
+        other = f"a file of {recipe.label}"
     if other or recipe.tensor_types or "imatrix" in recipe.emit:
         what = other or "--tensor-type or --emit imatrix"
         raise UsageError(

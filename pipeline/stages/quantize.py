@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 
 from pipeline.architectures.base import EMBEDDING, HEAD
-from pipeline.errors import ResourceError
+from pipeline.errors import ResourceError, UsageError
 from pipeline.progress import Progress
 from pipeline.quantization.layer import LayerOptions
 from pipeline.recipe import Recipe
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.load import Source
-from pipeline.stages.stored import StoredTensor
+from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
+from pipeline.stages.token_weights import token_weights
 from pipeline.stages.walk import Walk, WalkSettings, store_free
 
-TABLES = "tables"
+TABLES, OWN_HEAD = "tables", "head"
+
+WIDE = "Q8_0"
+"""A head of this type is not calibrated: there is nothing to gain."""
 
 IMPORTANCE = "importance:"
 """Prefix of what a part holds beside each matrix: the mean squares of its inputs."""
@@ -83,8 +87,23 @@ class QuantizedModel:
 def part_of(name: str) -> str:
     """Part of the run directory that holds a matrix."""
     if name in (EMBEDDING, HEAD):
-        return TABLES
+        return TABLES if name == EMBEDDING else OWN_HEAD
     return f"block-{int(name.split('.')[2]):04d}"
+
+
+def check_types(part: str, meta: Mapping[str, Any], source: Source) -> None:
+    """Refuse a finished part whose matrices have other types than the plan.
+
+    Raises:
+        UsageError: They have, as after a change of what a budget's choice was made from.
+    """
+    for name, kind in meta["types"].items():
+        wanted = source.plan.types.get(name)
+        if kind != wanted:
+            raise UsageError(
+                f"the finished part {part} holds {name} in {kind}, and the plan is {wanted}",
+                fix="add --fresh to start over, or choose another --run-dir",
+            )
 
 
 def restore_part(loaded: tuple[dict[str, Tensor], dict[str, Any]]) -> dict[str, StoredTensor]:
@@ -93,7 +112,6 @@ def restore_part(loaded: tuple[dict[str, Tensor], dict[str, Any]]) -> dict[str, 
     return {n: StoredTensor.restore(n, kind, tensors) for n, kind in meta["types"].items()}
 
 
-@torch.inference_mode()
 def quantize(
     recipe: Recipe, source: Source, windows: Tensor, run: RunDirectory, progress: Progress
 ) -> QuantizedModel:
@@ -110,15 +128,32 @@ def quantize(
         InputError: Activations or moments are not finite; names block and site.
         ResourceError: The device that the recipe asks for is not there.
     """
-    embedding = _tables(source, run)[EMBEDDING]
-    walk = Walk(source, embedding.dequantize(), windows, walk_settings(recipe))
+    weights = None
+    if recipe.calibration.gradient_weighting:
+        weights = token_weights(source, windows, recipe, run, progress)
+        progress.phase("blocks")
+    with torch.inference_mode():
+        return _quantize(recipe, source, windows, weights, run, progress)
+
+
+def _quantize(
+    recipe: Recipe,
+    source: Source,
+    windows: Tensor,
+    weights: Mapping[str, Tensor] | None,
+    run: RunDirectory,
+    progress: Progress,
+) -> QuantizedModel:
+    embedding, head = _embedding(source, run), run.load(OWN_HEAD)
+    walk = Walk(source, embedding.dequantize(), windows, walk_settings(recipe), weights)
     sites: list[dict[str, Any]] = []
     for index in range(walk.n_blocks):
         part = f"block-{index:04d}"
         loaded = run.load(part)
         progress.block(index + 1, walk.n_blocks, resumed=loaded is not None)
         if loaded is not None:
-            if index + 1 < walk.n_blocks:
+            check_types(part, loaded[1], source)
+            if index + 1 < walk.n_blocks or head is None:
                 walk.replay(index, restore_part(loaded))
             sites += loaded[1]["sites"]
             continue
@@ -133,18 +168,37 @@ def quantize(
             progress.figure(solved.record["site"], solved.record["loss"])
         keep_part(run, part, stored, records, beside)
         sites += records
+    if HEAD in source.plan.types:
+        if head is not None:
+            check_types(OWN_HEAD, head[1], source)
+        sites += _head(source, run, walk, progress) if head is None else head[1]["sites"]
     return QuantizedModel(source, run, sites)
 
 
-def _tables(source: Source, run: RunDirectory) -> dict[str, StoredTensor]:
-    """Embedding and head, which need no calibration, from the run directory or stored in it."""
+def _embedding(source: Source, run: RunDirectory) -> StoredTensor:
+    """The embedding, which needs no calibration, from the run directory or stored in it."""
     loaded = run.load(TABLES)
-    if loaded is not None:
-        return restore_part(loaded)
-    types = source.plan.types
-    found = {n: store_free(types[n], source.read(n)) for n in (EMBEDDING, HEAD) if n in types}
-    keep_part(run, TABLES, found, [])
-    return found
+    if loaded is None:
+        found = {EMBEDDING: store_free(source.plan.types[EMBEDDING], source.read(EMBEDDING))}
+        keep_part(run, TABLES, found, [])
+        return found[EMBEDDING]
+    check_types(TABLES, loaded[1], source)
+    return restore_part(loaded)[EMBEDDING]
+
+
+def _head(
+    source: Source, run: RunDirectory, walk: Walk, progress: Progress
+) -> list[dict[str, Any]]:
+    """Solve a head of its own and store it in the run directory; gives its records."""
+    kind, records = source.plan.types[HEAD], []
+    if kind in (*FLOAT_TYPES, WIDE):
+        stored = {HEAD: store_free(kind, source.read(HEAD))}
+    else:
+        solved = walk.solve_head()
+        stored, records = solved.stored, [solved.record]
+        progress.figure("head", solved.record["loss"])
+    keep_part(run, OWN_HEAD, stored, records)
+    return records
 
 
 @dataclass(frozen=True)
@@ -223,6 +277,7 @@ def walk_settings(recipe: Recipe) -> WalkSettings:
         device=recipe.device,
         mismatch_estimate=recipe.calibration.mismatch_estimate,
         seed=recipe.seed,
+        magr=recipe.quantization.magr,
     )
 
 

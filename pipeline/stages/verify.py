@@ -174,8 +174,8 @@ def _open_engines(
     emulator = stack.enter_context(GGMLEmulator(path))
     floating = stack.enter_context(GGMLEmulator(path, round_activations=False))
     models: dict[str, Logits] = {
-        FULL: TorchReference(source.config, source.read, head=head).logits,
-        TWIN: TorchReference(source.config, read, head=head).logits,
+        FULL: TorchReference(source.config, source.original, head=head).logits,
+        TWIN: TorchReference(source.config, read, head=head, inner=source.inner).logits,
         EMULATOR: emulator.logits,
         EMULATOR_FLOAT: floating.logits,
     }

@@ -77,9 +77,10 @@ def climb_onnx(
         gates += [_census_gate(name, runner.census(), source) for name, runner in runners.items()]
         if any(gate.status == "red" for gate in gates):
             return Ladder(tuple(gates), ())
-        twin = TorchReference(source.config, _reader(file, source), head=source.head)
+        reader = _reader(file, source)
+        twin = TorchReference(source.config, reader, head=source.head, inner=source.inner)
         models: dict[str, Logits] = {
-            FULL: TorchReference(source.config, source.read, head=source.head).logits,
+            FULL: TorchReference(source.config, source.original, head=source.head).logits,
             TWIN: twin.logits,
             **{name: runner.logits for name, runner in runners.items()},
         }

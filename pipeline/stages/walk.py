@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.architectures.base import HEAD
 from pipeline.calibration.streams import SiteMoments, Stream, site_moments
 from pipeline.errors import ResourceError
 from pipeline.quantization.formats import QuantizedTensor, get_format
@@ -23,7 +24,11 @@ from pipeline.quantization.objective import HeldOut, LayerObjective
 from pipeline.stages.load import Source
 from pipeline.stages.mismatch_share import Estimate, moment_options, solve_with_estimate
 from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
+from pipeline.transforms.magr import reduce_magnitude
 from runtimes.torch_reference import DecoderBlock, TorchReference
+
+HEAD_ROWS = 8192
+"""Rows of the output head that are solved together, which bounds memory."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class WalkSettings:
         mismatch_estimate: How the share of the mismatch correction is estimated for each linear,
             see `pipeline.stages.mismatch_share`; ``options.mismatch`` multiplies it.
         seed: Seed of sampled shares.
+        magr: Strength of MagR, see `pipeline.transforms.magr`; losses are those of its weights.
     """
 
     options: LayerOptions = field(default_factory=LayerOptions)
@@ -50,6 +56,7 @@ class WalkSettings:
     device: str = "cpu"
     mismatch_estimate: Estimate = "fixed"
     seed: int = 0
+    magr: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -75,21 +82,33 @@ class Walk:
         embedding: The quantized model's embedding, [vocabulary, hidden].
         windows: Calibration tokens, int64 [samples, length].
         settings: Methods and device.
+        token_weights: How much each token counts at a site, [samples, length] by `site_key`; all
+            alike where it has none.
 
     Raises:
         ResourceError: There is no such device.
     """
 
     def __init__(
-        self, source: Source, embedding: Tensor, windows: Tensor, settings: WalkSettings
+        self,
+        source: Source,
+        embedding: Tensor,
+        windows: Tensor,
+        settings: WalkSettings,
+        token_weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._source, self._settings = source, settings
+        self._token_weights = token_weights or {}
         self._device = choose_device(settings.device)
         self._moment_options = moment_options(
             settings.mismatch_estimate, settings.held_out, len(windows), settings.seed
         )
         self._float = TorchReference(
-            source.config, source.read, head=source.head, device=self._device
+            source.config,
+            source.read,
+            head=source.head,
+            device=self._device,
+            inner=source.inner,
         )
         windows = windows.to(self._device)
         embedded = nn.functional.embedding(windows, embedding.to(self._device))
@@ -132,6 +151,24 @@ class Walk:
                 self._float_stream.pass_site(reference, site.name)
             yield solved
 
+    def solve_head(self) -> SolvedSite:
+        """Quantize an output head that is a matrix of its own, once all blocks are passed."""
+        name = "output head"
+        norm = _FinalNorm(self._float)
+        other = None if self._float_stream is None else (norm, self._float_stream)
+        quantized = (norm, self._quantized_stream)
+        moments = site_moments("head", quantized, other, name, self._moment_options)
+        objective = self._objective(moments)
+        kind = self._source.plan.types[HEAD]
+        weight = self._source.read(HEAD).to(self._device)
+        results = [
+            self._solve([rows], kind, moments, objective) for rows in weight.split(HEAD_ROWS)
+        ]
+        stored = {HEAD: StoredTensor(kind, _joined([r.quantized for r in results]))}
+        record = _record(self.n_blocks, "head", results, moments.solving.tokens, objective)
+        record["loss"] /= len(results)
+        return SolvedSite(stored, record, _mean_squares(moments))
+
     def _moments(
         self, index: int, site: str, quantized: DecoderBlock, reference: DecoderBlock | None
     ) -> SiteMoments:
@@ -146,6 +183,17 @@ class Walk:
             other,
             f"block {index}, site {site}",
             self._moment_options,
+            self._token_weights.get(site_key(index, site)),
+        )
+
+    def _objective(self, moments: SiteMoments) -> LayerObjective:
+        solving = moments.solving
+        return LayerObjective.from_moments(
+            solving.hessian,
+            solving.cross,
+            solving.residual,
+            damping=self._settings.damping,
+            shrinkage=self._settings.shrinkage,
         )
 
     def _solve_site(
@@ -156,18 +204,15 @@ class Walk:
         block: DecoderBlock,
         moments: SiteMoments,
     ) -> SolvedSite:
-        solving, apart = moments.solving, moments.held_out
-        objective = LayerObjective.from_moments(
-            solving.hessian,
-            solving.cross,
-            solving.residual,
-            damping=self._settings.damping,
-            shrinkage=self._settings.shrinkage,
-        )
-        judge = None if apart is None else HeldOut(apart.hessian, apart.cross, apart.residual)
+        objective = self._objective(moments)
         prefix = self._source.checkpoint.architecture.block_prefix(index)
         weights = {f"{prefix}{name}.weight": block.linear(name).weight for name in linears}
         kinds = {name: self._source.plan.types[name] for name in weights}
+        if self._settings.magr:
+            for name in (n for n in weights if kinds[n] not in FLOAT_TYPES):
+                hessian = moments.solving.hessian
+                smaller = reduce_magnitude(weights[name], hessian, self._settings.magr)
+                weights[name] = smaller.to(weights[name])
         stored: dict[str, StoredTensor] = {}
         results: list[LayerResult] = []
         for kind in dict.fromkeys(kinds.values()):
@@ -175,26 +220,60 @@ class Walk:
             if kind in FLOAT_TYPES:
                 stored |= {n: StoredTensor.floating(kind, weights[n].cpu()) for n in names}
                 continue
-            result = solve_with_estimate(
-                [weights[n] for n in names],
-                moments,
-                objective,
-                partial(
-                    quantize_layer,
-                    objective=objective,
-                    fmt=get_format(kind),
-                    options=self._settings.options,
-                    held_out=judge,
-                ),
-                self._settings.mismatch_estimate,
-                self._settings.options.mismatch,
-                self._settings.damping,
-            )
+            result = self._solve([weights[n] for n in names], kind, moments, objective)
             results.append(result)
             parts = split_rows(result.quantized, [len(weights[n]) for n in names])
             stored |= {n: StoredTensor(kind, p) for n, p in zip(names, parts, strict=True)}
-        means = (solving.hessian.diagonal() / solving.tokens).float().cpu()
-        return SolvedSite(stored, _record(index, site, results, solving.tokens, objective), means)
+        record = _record(index, site, results, moments.solving.tokens, objective)
+        return SolvedSite(stored, record, _mean_squares(moments))
+
+    def _solve(
+        self, weights: list[Tensor], kind: str, moments: SiteMoments, objective: LayerObjective
+    ) -> LayerResult:
+        """Solve linears of one type that share their inputs."""
+        apart = moments.held_out
+        judge = None if apart is None else HeldOut(apart.hessian, apart.cross, apart.residual)
+        return solve_with_estimate(
+            weights,
+            moments,
+            objective,
+            partial(
+                quantize_layer,
+                objective=objective,
+                fmt=get_format(kind),
+                options=self._settings.options,
+                held_out=judge,
+            ),
+            self._settings.mismatch_estimate,
+            self._settings.options.mismatch,
+            self._settings.damping,
+        )
+
+
+class _FinalNorm:
+    """The final norm as a block whose only site is the head."""
+
+    def __init__(self, model: TorchReference) -> None:
+        self._model = model
+
+    def site_input(self, site: str, residual: Tensor, heads: Tensor | None = None) -> Tensor:
+        """Input of the head, [batch, length, hidden]."""
+        return self._model.head_input(residual)
+
+
+def _mean_squares(moments: SiteMoments) -> Tensor:
+    return (moments.solving.hessian.diagonal() / moments.solving.tokens).float().cpu()
+
+
+def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """Rows that were solved apart, on the CPU."""
+    scales = {n: torch.cat([p.scales[n] for p in parts]).cpu() for n in parts[0].scales}
+    return QuantizedTensor(parts[0].format, torch.cat([p.codes for p in parts]).cpu(), scales)
+
+
+def site_key(index: int, site: str) -> str:
+    """Name of a block's site."""
+    return f"{index}.{site}"
 
 
 def choose_device(wanted: str) -> torch.device:

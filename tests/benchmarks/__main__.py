@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from tests.benchmarks import onnx, quality, speed, stock, table
+from tests.benchmarks import (
+    block_rotations,
+    budget,
+    onnx,
+    quality,
+    speed,
+    stock,
+    table,
+    transforms,
+)
 
 
 def main() -> None:
@@ -40,8 +50,16 @@ def main() -> None:
     other.add_argument("--calibration")
     other.add_argument("--evaluation")
     other.add_argument("--folder", type=Path, default=Path("onnx"), help="where files are kept")
+    spent = commands.add_parser("budget", help="what a budget buys at the sizes of mixes")
+    spent.add_argument("model", nargs="?", help="checkpoint folder (default: the demo model)")
+    spent.add_argument("--types", nargs="+", default=["Q2_K", "Q3_K_M", "Q4_K_M"])
+    spent.add_argument("--preset", default="balanced")
+    spent.add_argument("--calibration")
+    spent.add_argument("--evaluation")
+    spent.add_argument("--folder", type=Path, default=Path("budget.piso-run"))
     show = commands.add_parser("table", help="print the figures of a quality run as a table")
     show.add_argument("file", type=Path)
+    _add_transforms(commands)
     wanted = parser.parse_args()
     if wanted.command == "speed":
         speed.measure(wanted.device)
@@ -64,6 +82,17 @@ def main() -> None:
             wanted.types,
             wanted.preset,
         )
+    elif wanted.command == "budget":
+        budget.measure(
+            wanted.model,
+            wanted.calibration,
+            wanted.evaluation,
+            wanted.folder,
+            wanted.types,
+            wanted.preset,
+        )
+    elif wanted.command == "transforms":
+        _measure_transforms(wanted)
     elif wanted.command == "table":
         print(table.render(wanted.file))
     else:
@@ -80,6 +109,41 @@ def main() -> None:
             seconds=wanted.seconds,
         )
         print(table.render(wanted.out))
+
+
+def _add_transforms(commands: Any) -> None:
+    rewritten = commands.add_parser("transforms", help="perplexity by transform and type")
+    rewritten.add_argument("model", help="checkpoint folder")
+    rewritten.add_argument("--calibration")
+    rewritten.add_argument("--evaluation")
+    rewritten.add_argument("--samples", type=int, default=128)
+    rewritten.add_argument("--chunks", type=int, default=40)
+    rewritten.add_argument("--device", default="auto")
+    rewritten.add_argument("--preset", default="balanced")
+    rewritten.add_argument("--types", nargs="+", default=list(transforms.TYPES))
+    rewritten.add_argument("--rows", nargs="+", default=list(transforms.ROWS))
+    rewritten.add_argument("--outliers", nargs="+", default=["without", "with"])
+    rewritten.add_argument("--out", type=Path, default=Path("transforms.json"))
+    rewritten.add_argument(
+        "--blocks", nargs="+", type=int, default=list(block_rotations.BLOCKS), help="0: all"
+    )
+    rewritten.add_argument(
+        "--activations", action="store_true", help="4-bit activations and block rotations instead"
+    )
+
+
+def _measure_transforms(wanted: argparse.Namespace) -> None:
+    place = (wanted.model, wanted.calibration, wanted.evaluation, wanted.out)
+    shared = {
+        "samples": wanted.samples,
+        "chunks": wanted.chunks,
+        "device": wanted.device,
+        "outliers": wanted.outliers,
+    }
+    if wanted.activations:
+        block_rotations.measure(*place, **shared, blocks=wanted.blocks)
+        return
+    transforms.measure(*place, **shared, preset=wanted.preset, types=wanted.types, rows=wanted.rows)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 
 from exporters.gguf.imatrix import read_imatrix
 from pipeline import run
+from pipeline.errors import InputError
 from pipeline.progress import Progress, open_progress
 from pipeline.recipe_files import load_recipe
 from pipeline.stages.compare import Compared, compare
@@ -22,6 +23,9 @@ from pipeline.stages.emit import IMATRIX
 from pipeline.stages.export import export_twin
 from pipeline.stages.load import open_source
 from runtimes.llamacpp import quantize
+
+PURE = {"IQ2_S": "IQ2_M"}
+"""Mixes that are mostly made of a type, where the mix of that name is not."""
 
 HEAD = "| type | MB | full precision | stock | ours | share | KLD stock | KLD ours |"
 
@@ -85,8 +89,13 @@ def _one(
     ours = next(path for path in output.glob("*.gguf") if path.name != IMATRIX)
     rivals = [floating.parent / f"{output.name}-stock{n}.gguf" for n in ("-imatrix", "")]
     vectors = (read_imatrix(output / IMATRIX), None)
+    mix = PURE.get(kind, kind) if tables else kind
     for path, imatrix in zip(rivals, vectors, strict=True):
-        quantize(floating, path, kind, imatrix=imatrix, **tables)
+        try:
+            quantize(floating, path, mix, imatrix=imatrix, **tables)
+        except InputError as error:
+            progress.note(f"{kind}: no stock file without an importance matrix ({error.what})")
+    rivals = [path for path in rivals if path.exists()]
     text = options.get("evaluation.source")
     found = compare([floating, ours, *rivals], evaluation=text, progress=progress)
     best = min(found[2:], key=lambda one: one.comparison.candidate.ppl)

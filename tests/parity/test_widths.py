@@ -77,7 +77,7 @@ def test_fallbacks_are_those_of_llama_quantize(
     assert {name: found[name] for name in types} == types
 
 
-@pytest.mark.parametrize("kind", ["Q2_K", "Q4_K_M", "IQ4_XS", "TQ2_0"])
+@pytest.mark.parametrize("kind", ["Q2_K", "Q4_K_M", "IQ4_XS", "TQ2_0", "IQ2_XXS", "IQ3_M"])
 def test_fallbacks_are_refused_unless_allowed(kind: str, odd: Path) -> None:
     with pytest.raises(UnsupportedError, match="allow-fallback"):
         opened(odd, kind, allow_fallback=False)
@@ -92,7 +92,8 @@ def climb(sizes: Sizes, kind: str, output: Path) -> None:
     assert {key for key, status in statuses.items() if status != "green"} <= allowed, report.gates
     assert report.exit_code == 0
     replaced = report.counts["types replaced"]
-    block = 256 if kind.endswith("_K") or kind in ("IQ4_XS", "TQ1_0", "TQ2_0") else 32
+    wide = kind.endswith("_K") or kind.startswith(("IQ2", "IQ3", "TQ")) or kind == "IQ4_XS"
+    block = 256 if wide else 32
     assert (replaced > 0) == (sizes.hidden % block > 0)
 
 

@@ -172,6 +172,7 @@ def test_every_option_reaches_the_run(run: StubRun, invoke: Invoke, tmp_path: Pa
         "--samples", "3", "--seqlen", "32", "--preset", "best", "--set", "quantization.damping=0.5",
         "--set", "gates.twin=1e-3", "--token-embedding-type", "Q6_K", "--output-tensor-type", "F16",
         "--pure", "--emit", "imatrix", "--emit", "kld-base", "--imatrix", "i.gguf",
+        "--transform", "rotate:seed=1", "--transform", "permute",
         "--tensor-type", "ffn_down=q6_k", "--tensor-type", "attn=Q8_0",
         "--seed", "9", "--allow-fallback", "--allow-pickle", "--overwrite", "--fresh",
         "--runtime", "require", "--run-dir", tmp_path / "run", "--progress", "quiet",
@@ -182,6 +183,7 @@ def test_every_option_reaches_the_run(run: StubRun, invoke: Invoke, tmp_path: Pa
         "model": "my/model", "revision": "v1", "type": "Q2_0", "token_embedding_type": "Q6_K",
         "output_tensor_type": "F16", "allow_fallback": True, "seed": 9,
         "pure": True, "emit": ("imatrix", "kld-base"), "imatrix": "i.gguf",
+        "transforms": ("rotate:seed=1", "permute"),
         "tensor_types": ("ffn_down=Q6_K", "attn=Q8_0"),
         "calibration.source": "c.txt", "calibration.samples": 3, "calibration.seqlen": 32,
         "calibration.mismatch": 1.0, "evaluation.source": "e.txt", "quantization.damping": 0.5,
@@ -192,6 +194,24 @@ def test_every_option_reaches_the_run(run: StubRun, invoke: Invoke, tmp_path: Pa
     assert (call["output"], call["run_dir"]) == (tmp_path / "out", tmp_path / "run")
     assert call["overwrite"] is call["fresh"] is call["allow_pickle"] is True
     assert call["command"].startswith(PROGRAM)
+
+
+@pytest.mark.parametrize(
+    ("option", "key", "value", "folder"),
+    [
+        (("--target-size", "14.5MB"), "target_size", 14_500_000, "demo-14500KB-gguf"),
+        (("--target-bpw", "3.25"), "target_bpw", 3.25, "demo-3.25bpw-gguf"),
+    ],
+)
+def test_a_budget_reaches_the_run(
+    option: tuple[str, str], key: str, value: float, folder: str, run: StubRun, invoke: Invoke
+) -> None:
+    for extra in ((), ("--dry-run",)):
+        assert invoke("deploy", *option, *extra)[0] == 0
+    for call in run.calls:
+        assert call["recipe"].flat()[key] == value
+        assert call["output"] == Path(folder)
+        assert "progress" in call
 
 
 def test_a_dry_run_prints_types_and_bytes_and_writes_nothing(
@@ -370,6 +390,10 @@ def test_gates_decide_the_exit_code(
     ("arguments", "parts"),
     [
         (["deploy", "--type", "Q4_O"], ["did you mean Q4_0?"]),
+        (["deploy", "--target-size", "15XB"], ["no size such as 15MB"]),
+        (["deploy", "--target-size", "1MB", "--target-bpw", "3"], ["target_size is given too"]),
+        (["deploy", "--target-size", "1MB", "--type", "Q4_0"], ["type is given too"]),
+        (["deploy", "--target-bpw", "3", "--pure"], ["pure is given too"]),
         (["deploy", "--target", "onnx", "--type", "Q4_K_M"], ["ONNX cannot hold the mix Q4_K_M"]),
         (["deploy", "--target", "onnx", "--bits", "5"], ["2, 3, 4 or 8 bits"]),
         (["deploy", "--target", "gguf,onnx", "--bits", "3"], ["GGUF has no such type"]),

@@ -99,6 +99,23 @@ def test_time_left_is_the_mean_times_the_rest(clock: Clock) -> None:
     assert (last["event"], last["eta_s"]) == ("block", 8 * 6.0)
 
 
+def test_time_left_of_a_phase_knows_nothing_of_the_phase_before(clock: Clock) -> None:
+    stream = io.StringIO()
+    with open_progress("json", stream) as progress:
+        progress.stage("allocate", 1, 1)
+        progress.block(1, 1)
+        clock.now += 100
+        progress.phase("exchanges")
+        progress.block(1, 3)
+        clock.now += 2
+        progress.block(2, 3)
+    told = [json.loads(line) for line in stream.getvalue().splitlines()]
+    blocks = [event for event in told if event["event"] == "block"]
+    assert [event["eta_s"] for event in blocks] == [None, None, 2 * 2.0]
+    assert [e["text"] for e in told if e["event"] == "note"] == ["exchanges"]
+    assert progress.timings == {"allocate": 102.0}
+
+
 def test_timings_and_warnings_are_kept(clock: Clock) -> None:
     progress = open_progress("quiet", io.StringIO())
     play(progress, clock)

@@ -22,6 +22,8 @@ OTHER_VALUES: dict[str, Any] = {
     "target": "gguf,onnx",
     "type": "Q2_0",
     "pure": True,
+    "target_size": 15_000_000,
+    "target_bpw": 3.5,
     "imatrix": "i.gguf",
     "emit": ("kld-base", "imatrix"),
     "token_embedding_type": "Q8_0",
@@ -30,13 +32,14 @@ OTHER_VALUES: dict[str, Any] = {
     "allow_fallback": True,
     "device": "cpu",
     "seed": 7,
-    "transforms": (),
+    "transforms": ("rotate:seed=3,allow_untie=true", "permute"),
     "calibration.source": "text.txt",
     "calibration.samples": 3,
     "calibration.seqlen": 64,
     "calibration.batch": 2,
     "calibration.mismatch": 0.5,
     "calibration.mismatch_estimate": "shrinkage",
+    "calibration.gradient_weighting": 0.5,
     "calibration.stream_correction": 0.5,
     "calibration.held_out": 0.25,
     "quantization.scales": "absmax",
@@ -50,6 +53,7 @@ OTHER_VALUES: dict[str, Any] = {
     "quantization.activation_order": False,
     "quantization.orders": 3,
     "quantization.refine_rounds": 5,
+    "quantization.magr": 0.01,
     "quantization.damping": 0.02,
     "quantization.shrinkage": 0.5,
     "evaluation.source": "other.txt",
@@ -70,7 +74,8 @@ OTHER_VALUES: dict[str, Any] = {
 }
 """A value that no preset has, where there is one, for every key but `revision`."""
 
-ONE_VALUE_ONLY = {"transforms"}
+BUDGETS = ("target_size", "target_bpw")
+REFUSED_WITH_A_BUDGET = {*BUDGETS, "type", "pure", "imatrix", "target"}
 
 
 def message(*overrides: str, **arguments: Any) -> str:
@@ -117,7 +122,7 @@ def test_every_key_changes_the_digest(key: str, value: Any) -> None:
     before = load_recipe().recipe
     after = load_recipe(options={key: value}).recipe
     assert after.flat()[key] == value
-    assert (recipe_digest(after) == recipe_digest(before)) == (key in ONE_VALUE_ONLY)
+    assert recipe_digest(after) != recipe_digest(before)
 
 
 def test_every_key_is_described_and_covered_here() -> None:
@@ -125,8 +130,11 @@ def test_every_key_is_described_and_covered_here() -> None:
     assert all(field.description for field in recipe_fields().values())
 
 
-def test_toml_round_trip_of_a_recipe_with_every_key_set(tmp_path: Path) -> None:
-    given_recipe = load_recipe(options={**OTHER_VALUES, "revision": "main"})
+@pytest.mark.parametrize("budget", [None, *BUDGETS])
+def test_toml_round_trip_of_a_recipe_with_every_key_set(tmp_path: Path, budget: str | None) -> None:
+    left_out = REFUSED_WITH_A_BUDGET - {budget} if budget else set(BUDGETS)
+    values = {key: value for key, value in OTHER_VALUES.items() if key not in left_out}
+    given_recipe = load_recipe(options={**values, "revision": "main"})
     for text in (to_toml(given_recipe.recipe), to_toml(given_recipe.recipe, given_recipe.origins)):
         file = tmp_path / "r.toml"
         file.write_text(text, encoding="utf-8")
@@ -181,6 +189,54 @@ def test_targets_are_listed_the_main_one_first() -> None:
     assert load_recipe(overrides=["target=onnx,gguf"]).recipe.targets == ("gguf", "onnx")
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("other", sorted(REFUSED_WITH_A_BUDGET))
+def test_a_budget_refuses_what_it_replaces(budget: str, other: str) -> None:
+    if other == budget:
+        return
+    options = {key: OTHER_VALUES[key] for key in (budget, other)}
+    text = message(options=options)
+    assert ("is given too" in text) == (other not in ("imatrix", "target"))
+    assert "(command line)" in text
+    assert "leave " in text
+
+
+def test_a_budget_is_for_gguf_alone() -> None:
+    text = message(options={"target": "gguf,onnx", "target_bpw": 3.5})
+    assert "among types of GGUF" in text
+
+
+def test_a_budget_leaves_the_type_open() -> None:
+    recipe = load_recipe(options={"target_bpw": 3.5, "output_tensor_type": "Q6_K"}).recipe
+    assert (recipe.type, recipe.budgeted, recipe.label) == (None, True, "3.5bpw")
+    assert (Recipe().type, Recipe().budgeted) == (None, False)
+    assert (Recipe().weight_type, Recipe().label) == ("Q4_0", "Q4_0")
+    assert Recipe(type="Q2_K").label == "Q2_K"
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "label"),
+    [
+        ("15MB", 15_000_000, "15MB"),
+        ("15m", 15_000_000, "15MB"),
+        ("14.5 MiB", 15_204_352, "15204352B"),
+        ("1kib", 1024, "1024B"),
+        ("2.5G", 2_500_000_000, "2500MB"),
+        ("1.0001k", 1000, "1KB"),
+        ("0.3KB", 300, "300B"),
+        (".5GiB", 2**29, "536870912B"),
+        ("7b", 7, "7B"),
+        ("15000001", 15_000_001, "15000001B"),
+        ("1T", 10**12, "1000GB"),
+    ],
+)
+def test_sizes(text: str, size: int, label: str) -> None:
+    for options in ({"target_size": text}, {"target_size": size}):
+        recipe = load_recipe(options=options).recipe
+        assert (recipe.target_size, recipe.label) == (size, label)
+    assert load_recipe(overrides=[f"target_size={text}"]).recipe.target_size == size
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -193,6 +249,8 @@ def test_targets_are_listed_the_main_one_first() -> None:
         ("gates.twin=1", 1.0),
         ("quantization.signed=false", False),
         ("transforms=[]", ()),
+        ("transforms=['rotate:seed=0,allow_untie=true']", ("rotate:allow_untie=true",)),
+        ("transforms=['equalize:alpha=0.25, method=range']", ("equalize:alpha=0.25",)),
     ],
 )
 def test_set_reads_toml_or_else_text(text: str, value: Any) -> None:
@@ -219,7 +277,17 @@ def test_set_reads_toml_or_else_text(text: str, value: Any) -> None:
         ("quantization.scales=pizo", ["did you mean piso?"]),
         ("target=ggfu", ["did you mean gguf?"]),
         ("runtime.llamacpp=of", ["did you mean off?"]),
-        ("transforms=['rotate']", ["unknown transform 'rotate'"]),
+        ("transforms=['rotat']", ["unknown transform 'rotat'", "did you mean rotate?"]),
+        ("transforms=['rotate:sed=1']", ["rotate has no option 'sed'", "did you mean seed?"]),
+        ("transforms=['rotate:seed']", ["rotate has no option 'seed'"]),
+        ("transforms=['fold:seed=1']", ["fold has no option 'seed'"]),
+        ("transforms=['rotate:seed=x']", ["rotate:seed is a number, not 'x'"]),
+        ("transforms=['rotate:seed=-1']", ["rotate:seed=-1 is outside 0"]),
+        ("transforms=['equalize:alpha=1.5']", ["outside 0 .. 1"]),
+        ("transforms=['rotate:signs=yes']", ["true or false, not 'yes'"]),
+        ("transforms=['rotate:matrix=hadamrd']", ["did you mean hadamard?"]),
+        ("transforms=['rotate:spaces=values+iner']", ["rotate:spaces knows no 'iner'"]),
+        ("transforms=['rotate:matrix=hadamard+orthogonal']", ["rotate:matrix knows no"]),
         ("seed=-1", ["seed = -1", "greater than or equal to 0", "for example seed = 0"]),
         ("seed=1.5", ["seed = 1.5", "valid integer"]),
         ("seed=true", ["valid integer"]),
@@ -232,7 +300,16 @@ def test_set_reads_toml_or_else_text(text: str, value: Any) -> None:
         ("quantization.damping=nan", ["finite"]),
         ("gates.twin=0", ["greater than 0"]),
         ("gates.twin=inf", ["finite"]),
-        ("type=", ["type = None", 'for example type = "Q4_0"']),
+        ("target=", ["target = None", 'for example target = "gguf"']),
+        ("target_size=0", ["target_size = 0", "greater than or equal to 1"]),
+        ("target_size=15XB", ["'15XB' is no size such as 15MB", "leave target_size out"]),
+        ("target_size=-1", ["greater than or equal to 1"]),
+        ("target_size=-1MB", ["is no size"]),
+        ("target_size=1.5", ["target_size = 1.5", "integer"]),
+        ("target_size=true", ["integer"]),
+        ("target_bpw=0", ["greater than 0"]),
+        ("target_bpw=inf", ["finite"]),
+        ("target_bpw=3,5", ["target_bpw = '3,5'"]),
         ("revision=main", ["no model is given", "leave revision out"]),
         ("seed", ["key=value", "--set calibration.samples=64"]),
         ("=1", ["key=value"]),
@@ -263,6 +340,37 @@ def test_message_names_the_layer_of_a_bad_value(tmp_path: Path) -> None:
 def test_files_that_are_no_recipe(tmp_path: Path, content: bytes, part: str) -> None:
     file = tmp_path / "r.toml"
     file.write_bytes(content)
+    assert part in message(file=file)
+
+
+def test_transforms_may_be_tables(tmp_path: Path) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text(
+        '[[transform]]\nkind = "rotate"\nallow_untie = true\nseed = 4\n'
+        '[[transform]]\nkind = "equalize"\nalpha = 0.75\n[calibration]\nsamples = 3\n'
+    )
+    recipe = load_recipe(file=file).recipe
+    assert recipe.transforms == ("rotate:seed=4,allow_untie=true", "equalize:alpha=0.75")
+    assert recipe.calibration.samples == 3
+    again = tmp_path / "again.toml"
+    again.write_text(to_toml(recipe))
+    assert load_recipe(file=again).recipe == recipe
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        ('[[transform]]\nmatrix = "hadamard"\n', "needs a kind"),
+        ("[[transform]]\nkind = 3\n", "needs a kind"),
+        ('transform = "rotate"\n', "either [[transform]] tables or one list"),
+        ('transform = ["rotate"]\n', "cannot be read"),
+        ('transforms = []\n[[transform]]\nkind = "fold"\n', "either"),
+        ('[[transform]]\nkind = "rotate"\nsede = 1\n', "rotate has no option 'sede'"),
+    ],
+)
+def test_tables_that_are_no_transform(tmp_path: Path, content: str, part: str) -> None:
+    file = tmp_path / "r.toml"
+    file.write_text(content)
     assert part in message(file=file)
 
 

@@ -60,11 +60,13 @@ def _libraries() -> tuple[ctypes.CDLL, ctypes.CDLL]:
 def quantize(weights: np.ndarray, type_name: str) -> np.ndarray:
     """float32 [rows, width] -> uint8 [rows, row bytes], by ggml_quantize_chunk."""
     rows, width = weights.shape
+    even = np.ones(width, np.float32)  # the IQ2 types cannot do without importances
+    importances = even.ctypes.data if type_name.startswith("IQ2") else None
     block, nbytes = SIZES[type_name]
     raw = np.zeros((rows, width // block * nbytes), np.uint8)
     source = np.ascontiguousarray(weights, np.float32)
     written = _libraries()[0].ggml_quantize_chunk(
-        TYPE_ID[type_name], source.ctypes.data, raw.ctypes.data, 0, rows, width, None
+        TYPE_ID[type_name], source.ctypes.data, raw.ctypes.data, 0, rows, width, importances
     )
     assert written == raw.nbytes
     return raw

@@ -57,7 +57,7 @@ def test_q8_k_bytes() -> None:
     [
         *("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q1_0", "Q2_0", "IQ4_NL"),
         *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "TQ1_0", "TQ2_0", "MXFP4", "NVFP4"),
-        *("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S"),
+        *("IQ4_XS", "IQ3_S", "IQ3_XXS", "IQ2_S", "IQ2_XS", "IQ2_XXS"),
     ],
 )
 def test_products_are_those_of_vec_dot(type_name: str) -> None:

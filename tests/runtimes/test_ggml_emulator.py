@@ -47,10 +47,19 @@ def quantized(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
             embedding = "Q6_K" if type_name == "Q6_K" else "Q8_0"
             mixes = {f"Q{bits}_K": f"Q{bits}_K_S" for bits in (3, 4, 5)} | {"MXFP4": "MXFP4_MOE"}
             kind = mixes.get(type_name, type_name)
-            llamacpp.quantize(demo_gguf, path, kind, pure=True, token_embedding_type=embedding)
+            options = {"imatrix": even_importances(demo_gguf)} if kind.startswith("IQ") else {}
+            llamacpp.quantize(
+                demo_gguf, path, kind, pure=True, token_embedding_type=embedding, **options
+            )
         return path
 
     return make
+
+
+def even_importances(path: Path) -> dict[str, np.ndarray]:
+    """What the types with codebooks cannot be made without."""
+    matrices = [t for t in gguf.GGUFReader(path).tensors if t.name.startswith("blk")]
+    return {t.name: np.ones(t.shape[0], np.float32) for t in matrices if len(t.shape) == 2}
 
 
 def relative_rms(ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
@@ -85,6 +94,7 @@ def test_float_mode_equals_llamacpp_on_the_twin(
     [
         *("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_0", "Q6_K", "BF16", "F16", "Q5_1", "MXFP4", "IQ4_NL"),
         *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "IQ4_XS", "TQ1_0", "TQ2_0"),
+        *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
     ],
 )
 def test_rounding_is_that_of_llamacpp(type_name: str, quantized: Any, demo_ids: list[int]) -> None:

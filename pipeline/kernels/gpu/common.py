@@ -58,6 +58,19 @@ def largest_of(values, places):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def least_of(values, places):  # type: ignore[no-untyped-def]
+    """Smallest of a vector of doubles, none negative, and the lowest place where it stands."""
+    bits = values.to(tl.int64, bitcast=True)
+    upper = (bits >> 32).to(tl.int32)
+    lower = ((bits & 0xFFFFFFFF) - 0x80000000).to(tl.int32)
+    top = tl.min(upper, 0)
+    rest = tl.min(tl.where(upper == top, lower, 0x7FFFFFFF), 0)
+    found = (top.to(tl.int64) << 32) + (rest.to(tl.int64) + 0x80000000)
+    place = tl.min(tl.where(bits == found, places, 0x7FFFFFFF), 0)
+    return found.to(tl.float64, bitcast=True), place
+
+
+@triton.jit
 def divide(a, b):  # type: ignore[no-untyped-def]
     """Correctly rounded division; `/` is that for float64 only."""
     return a / b if a.dtype == tl.float64 else tl.div_rn(a, b)

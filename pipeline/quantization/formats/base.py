@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pipeline.quantization.formats.codebook import Codebook
 from pipeline.quantization.formats.lattice import ScaleLattice
 
 SUPER_FIELDS = ("d", "dmin")
@@ -34,6 +35,8 @@ class Format:
             subtracted; affine formats without one store an offset a group.
         zero_points: The offset of an affine format is ``-scale * z`` with an integer z among the
             codes, as ONNX stores it, and not on the lattice.
+        sub_step: Spacing of the sub-scales in their range.
+        codebook: Which codes may stand side by side; None if all may.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Format:
     sub_scale: tuple[int, int] | None = None
     sub_offset: tuple[int, int] | None = None
     zero_points: bool = False
+    sub_step: int = 1
+    codebook: Codebook | None = None
 
     @cached_property
     def grid(self) -> Tensor:
@@ -61,6 +66,11 @@ class Format:
     def block_of(self, width: int) -> int:
         """Inputs that must stay together: the super-group, or the whole row if channel-wise."""
         return self.super_group or width
+
+    @property
+    def vector(self) -> int:
+        """Consecutive inputs that are rounded together: one without a codebook."""
+        return 1 if self.codebook is None else self.codebook.unit
 
     def positive(self) -> Format:
         """The same format without negative (super-)scales and sub-scales, if it has sub-scales.

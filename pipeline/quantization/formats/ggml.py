@@ -7,6 +7,7 @@ value.
 from __future__ import annotations
 
 from pipeline.quantization.formats.base import Format
+from pipeline.quantization.formats.codebook import Codebook
 from pipeline.quantization.formats.lattice import E8M0, FP16, ScaleLattice
 
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
@@ -14,6 +15,9 @@ IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 
 FP4_LEVELS = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
 """E2M1 doubled (``kvalues_mxfp4``); the negative zero is left out."""
+
+IQ2_MAGNITUDES = (8, 25, 43)
+IQ3_XXS_MAGNITUDES = (4, 12, 20, 28, 36, 44, 52, 62)
 
 
 def _plain(
@@ -66,6 +70,37 @@ def _hierarchical(
     )
 
 
+def _codebook(
+    name: str,
+    magnitudes: tuple[int, ...] | range,
+    unit: int,
+    group: int,
+    nbytes: int,
+    *,
+    even: bool,
+) -> Format:
+    """Vectors of a codebook under 4-bit sub-scales s, which count as ``2 s + 1``.
+
+    The C library multiplies ``d (0.5 + s) / 4`` (IQ2), ``d (0.5 + s) / 2`` (IQ3_XXS) or
+    ``d (1 + 2 s)`` (IQ3_S) by a magnitude and a sign: in units of 8, 4 or 1 the same product, which
+    fits float32 in whatever order it is formed. Signs are codes, so that no scale needs one.
+    """
+    upwards = [value / unit for value in magnitudes]
+    return Format(
+        name=name,
+        levels=tuple([-value for value in reversed(upwards)] + upwards),
+        group_size=group,
+        super_group=256,
+        affine=False,
+        signed_scale=False,
+        scale_lattice=FP16,
+        bits_per_weight=8 * nbytes / 256,
+        sub_scale=(1, 31),
+        sub_step=2,
+        codebook=Codebook(name, even),
+    )
+
+
 _FORMATS = (
     _plain("Q2_0", range(-1, 3), 64, 18),
     _plain("Q4_0", range(-8, 8), 32, 18),
@@ -83,6 +118,11 @@ _FORMATS = (
     _hierarchical("Q5_K", range(32), 32, 176, (0, 63), sub_offset=(0, 63)),
     _hierarchical("Q6_K", range(-32, 32), 16, 210, (-128, 127)),
     _hierarchical("IQ4_XS", IQ4_LEVELS, 32, 136, (-32, 31), integer=False),
+    _codebook("IQ2_XXS", IQ2_MAGNITUDES, 8, 32, 66, even=True),
+    _codebook("IQ2_XS", IQ2_MAGNITUDES, 8, 16, 74, even=True),
+    _codebook("IQ2_S", IQ2_MAGNITUDES, 8, 16, 82, even=False),
+    _codebook("IQ3_XXS", IQ3_XXS_MAGNITUDES, 4, 32, 98, even=True),
+    _codebook("IQ3_S", range(1, 16, 2), 1, 32, 110, even=False),
 )
 
 GGML_FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in _FORMATS}

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 from pipeline.quantization.formats import Format, QuantizedTensor
-from pipeline.quantization.rounding.nearest import _nearest
+from pipeline.quantization.rounding.nearest import nearest_codes
 from pipeline.quantization.scales.base import BlockProblem, ScaleRule
 
 ROW_CHUNK = 1024
@@ -128,7 +128,7 @@ class _Rows:
         scales = self.rule(BlockProblem(weights, metric, linear), self.fmt)
         indices = scales.level_indices
         if indices is None:
-            indices = _nearest(weights, scales, self.fmt)
+            indices = nearest_codes(weights, scales, self.fmt)
         group = self.fmt.group_of(self.weights.shape[1])
         levels = self.fmt.grid.float().to(weights.device)
         scale = scales.scale.float().repeat_interleave(group, dim=1)

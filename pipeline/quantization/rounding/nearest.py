@@ -8,6 +8,7 @@ from torch import Tensor
 from pipeline.kernels.twin.common import nearest_index
 from pipeline.quantization.formats import Format, QuantizedTensor
 from pipeline.quantization.scales.base import BlockProblem, BlockScales, ScaleRule
+from pipeline.quantization.scales.vectors import round_vectors
 
 ROW_CHUNK = 8192
 """Rows that are handled together, which bounds memory for embeddings."""
@@ -45,15 +46,27 @@ def _rows(target: Tensor, hessian: Tensor | None, fmt: Format, rule: ScaleRule) 
         scales = rule(BlockProblem(weights, metric), fmt)
         indices = scales.level_indices
         if indices is None:
-            indices = _nearest(weights, scales, fmt)
+            indices = nearest_codes(weights, scales, fmt)
         codes.append((indices + fmt.code_min).to(torch.int8))
         fields.append(scales.fields)
     stored = {name: torch.cat([f[name] for f in fields], dim=1) for name in fields[0]}
     return QuantizedTensor(fmt, torch.cat(codes, dim=1), stored)
 
 
-def _nearest(weights: Tensor, scales: BlockScales, fmt: Format) -> Tensor:
+def nearest_codes(weights: Tensor, scales: BlockScales, fmt: Format) -> Tensor:
+    """Level indices nearest to the weights of a block at chosen scales, int64 [rows, block].
+
+    Args:
+        weights: [rows, block].
+        scales: Scales of the block.
+        fmt: Its format. With a codebook the nearest vectors are taken, by Euclidean distance.
+    """
     group = fmt.group_of(weights.shape[1])
+    if fmt.codebook is not None:
+        identity = torch.eye(group, dtype=torch.float64, device=weights.device)
+        parts = zip(weights.split(group, dim=1), scales.scale.unbind(1), strict=True)
+        found = [round_vectors(BlockProblem(w, identity), scale, fmt) for w, scale in parts]
+        return torch.cat(found, dim=1)
     scale = scales.scale.double().repeat_interleave(group, dim=1)
     offset = scales.offset.double().repeat_interleave(group, dim=1)
     # A zero scale represents nothing but the offset: every code is right, take that of level 0.

@@ -20,6 +20,7 @@ from pipeline.quantization.objective import Factor
 from pipeline.quantization.order import ColumnOrder
 from pipeline.quantization.scales.base import BlockProblem, BlockScales, ScaleRule
 from pipeline.quantization.scales.hierarchical import choose_sub_scales
+from pipeline.quantization.scales.vectors import round_vectors
 
 Metric = Literal["schur", "block"]
 
@@ -96,7 +97,7 @@ def _enter_block(
 ) -> tuple[BlockScales, Tensor, Tensor]:
     """Scales, level indices and errors of one block, from its compensated weights."""
     scales = rule(_problem(weights, hessian, factor, part, metric), fmt)
-    if scales.revisable and drift is None:
+    if (scales.revisable or fmt.codebook is not None) and drift is None:
         return _round_revising(weights, hessian, factor, part, scales, fmt, metric)
     root, levels = factor.inverse_root[part, part].float(), fmt.grid.float().to(weights.device)
     own = None if drift is None else drift[part, part]
@@ -135,27 +136,40 @@ def _round_revising(
         own, later = slice(start, start + size), slice(start + size, work.shape[1])
         placed = slice(part.start + own.start, part.start + own.stop)
         problem = _problem(work[:, own], hessian, factor, placed, metric)
-        scales, together = choose_sub_scales(problem, scales, g, fmt)
+        together = None
+        if scales.revisable:
+            scales, together = choose_sub_scales(problem, scales, g, fmt)
         one = replace(scales, scale=scales.scale[:, g : g + 1], offset=scales.offset[:, g : g + 1])
+        if fmt.codebook is not None and (together is None or metric != "schur"):
+            exact = _problem(work[:, own], hessian, factor, placed, "schur")
+            together = round_vectors(exact, one.scale[:, 0], fmt)
         indices[:, own], errors[:, own] = _better_codes(
-            work[:, own], root[own, own], one, together, levels
+            work[:, own], root[own, own], one, together, levels, alone=fmt.codebook is None
         )
         work[:, later] -= errors[:, own] @ root[own, later]
     return scales, indices, errors
 
 
 def _better_codes(
-    weights: Tensor, root: Tensor, scales: BlockScales, together: Tensor, levels: Tensor
+    weights: Tensor,
+    root: Tensor,
+    scales: BlockScales,
+    together: Tensor,
+    levels: Tensor,
+    *,
+    alone: bool,
 ) -> tuple[Tensor, Tensor]:
     """Of codes rounded in sequence and codes found together, in each row those of lower loss.
 
     The loss of a group whose later columns are free is the sum of its squared errors
-    ``(x - v) U^-1``, however its codes were found.
+    ``(x - v) U^-1``, however its codes were found. Those of codebooks cannot be rounded `alone`.
     """
     size = weights.shape[1]
-    indices, errors = round_block(weights, root, scales, levels, size)
     difference = weights - values_of(together, scales, levels, size)
     others = torch.linalg.solve_triangular(root, difference, upper=True, left=False)
+    if not alone:
+        return together, others
+    indices, errors = round_block(weights, root, scales, levels, size)
     better = (others.square().sum(1) < errors.square().sum(1))[:, None]
     return torch.where(better, together, indices), torch.where(better, others, errors)
 

@@ -82,7 +82,7 @@ def on_lattice(scale: Tensor, fmt: Format, offset: Tensor | None = None) -> Bloc
             return BlockScales(scale, zero, {"d": scale.float()})
         scale, offset = stored_pair(fmt, scale, offset)
         return BlockScales(scale, offset, {"d": scale.float(), "m": offset.float()})
-    d, sc = _under_super(scale, fmt.sub_scale, lattice)
+    d, sc = _under_super(scale, fmt.sub_scale, lattice, fmt.sub_step)
     fields = {"d": d.float(), "sc": sc.to(torch.int8)}
     if offset is None or fmt.sub_offset is None:
         return BlockScales(d * sc, zero, fields)
@@ -92,11 +92,19 @@ def on_lattice(scale: Tensor, fmt: Format, offset: Tensor | None = None) -> Bloc
 
 
 def _under_super(
-    wanted: Tensor, limits: tuple[int, int], lattice: ScaleLattice
+    wanted: Tensor, limits: tuple[int, int], lattice: ScaleLattice, step: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Super-value [rows, 1] and integers [rows, groups] of wanted values."""
     low, high = limits
     largest = wanted.gather(1, wanted.abs().argmax(1, keepdim=True))
     unit = lattice.round(largest / (low if -low > high else high))
-    integers = torch.round(wanted / torch.where(unit == 0, 1.0, unit)).clamp(low, high)
-    return unit, torch.where(unit == 0, 0.0, integers)
+    integers = nearest_integers(wanted / torch.where(unit == 0, 1.0, unit), limits, step)
+    return unit, torch.where(unit == 0, max(0, low), integers)
+
+
+def nearest_integers(values: Tensor, limits: tuple[int, int], step: int = 1) -> Tensor:
+    """Of the integers from the lower limit on in such steps the nearest, in the values' dtype."""
+    low, high = limits
+    if step == 1:
+        return torch.round(values).clamp(low, high)
+    return (torch.round((values - low) / step) * step + low).clamp(low, high)

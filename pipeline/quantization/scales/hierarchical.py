@@ -15,9 +15,10 @@ from torch import Tensor
 
 from pipeline.kernels import fit_sub_scales, piso_sweep
 from pipeline.quantization.formats import Format, ScaleLattice, group_offsets, group_scales
-from pipeline.quantization.scales.absmax import may_mirror
+from pipeline.quantization.scales.absmax import may_mirror, nearest_integers
 from pipeline.quantization.scales.affine import fit_offsets, seed_codes
 from pipeline.quantization.scales.base import BlockProblem, BlockScales
+from pipeline.quantization.scales.vectors import choose_vectors, free_scale
 
 CANDIDATES = 48
 """Super-scales that are tried, spread over `SPREAD` of the one that just reaches the largest."""
@@ -104,6 +105,11 @@ def choose_sub_scales(
     d = fields["d"][:, 0].double()
     dmin = fields["dmin"][:, 0].double() if fmt.affine else torch.zeros_like(d)
     sc = fields["sc"][:, g].long()
+    if fmt.codebook is not None:
+        chosen_sc, indices = choose_vectors(problem, d, sc, fmt)
+        fields["sc"] = fields["sc"].clone()
+        fields["sc"][:, g] = chosen_sc.to(torch.int8)
+        return _block_scales(fields, fmt), indices
     mn = fields["mn"][:, g].long() if fmt.affine else torch.zeros_like(sc)
     found = fit_sub_scales(
         problem.weights,
@@ -168,6 +174,10 @@ def _fit_groups(parts: list[BlockProblem], fmt: Format, signed: bool) -> _Fits:
 
 def _fit_group(part: BlockProblem, fmt: Format, signed: bool) -> tuple[Tensor, ...]:
     """Scale, offset and curvatures of one group on its own, each [rows]."""
+    if fmt.codebook is not None:
+        scale, curvature = free_scale(part, fmt)
+        zero = torch.zeros_like(scale)
+        return scale, zero, curvature, zero, zero
     w, M, b = part.weights.double(), part.metric.double(), part.b.double()
     if fmt.affine:
         codes = seed_codes(w, M, b, len(fmt.levels) - 1)
@@ -187,7 +197,8 @@ def _super_scales(fits: _Fits, fmt: Format) -> tuple[dict[str, Tensor], Tensor]:
     """Fields of the super-group and the loss that its lattice costs, [rows]."""
     lattice = fmt.scale_lattice
     if not fmt.affine:
-        d, sc, loss = _grid_fit(fits.scale, fits.ss, integer_ranges(fmt)[0], lattice)
+        lattice = replace(lattice, signed=lattice.signed and fmt.signed_scale)
+        d, sc, loss = _grid_fit(fits.scale, fits.ss, integer_ranges(fmt)[0], lattice, fmt.sub_step)
         return {"d": d, "sc": sc}, loss
     # The offset follows the scale: what remains of the scale's curvature is its own.
     own = (fits.ss - fits.sm.square() / fits.mm).clamp_min(0)
@@ -198,7 +209,11 @@ def _super_scales(fits: _Fits, fmt: Format) -> tuple[dict[str, Tensor], Tensor]:
 
 
 def _grid_fit(
-    wanted: Tensor, curvature: Tensor, limits: tuple[int, int], lattice: ScaleLattice
+    wanted: Tensor,
+    curvature: Tensor,
+    limits: tuple[int, int],
+    lattice: ScaleLattice,
+    step: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Unit and integers whose products come closest to the wanted values.
 
@@ -207,36 +222,38 @@ def _grid_fit(
         curvature: Weight of each squared difference, [rows, groups].
         limits: Inclusive range of the integers.
         lattice: Storage of the unit.
+        step: Spacing of the integers in their range.
 
     Returns:
         Unit float32 [rows, 1], integers int8 [rows, groups], loss [rows].
     """
     largest = wanted.gather(1, (wanted.abs() * curvature.sqrt()).argmax(1, keepdim=True))
     largest = torch.maximum(wanted.abs().amax(1, keepdim=True) / 2, largest.abs())
-    ends = torch.tensor([end for end in limits if end], dtype=wanted.dtype, device=wanted.device)
+    reached = [end for end in limits if end < 0 or end == limits[1]]
+    ends = torch.tensor([end for end in reached if end], dtype=wanted.dtype, device=wanted.device)
     spread = torch.linspace(1 / SPREAD[1], 1 / SPREAD[0], CANDIDATES, dtype=wanted.dtype)
     fractions = (ends[:, None] * spread.to(ends)).reshape(-1)
     units = largest / fractions
     if limits[0] >= 0 and lattice.signed:
         units = torch.cat([units, -units], dim=1)
-    unit, integers, loss = _best_unit(wanted, curvature, lattice.round(units), limits)
+    unit, integers, loss = _best_unit(wanted, curvature, lattice.round(units), limits, step)
     for _ in range(2):
         squares = (curvature * integers.square()).sum(1, keepdim=True)
         fitted = (curvature * integers * wanted).sum(1, keepdim=True)
         fitted = torch.where(squares > 0, fitted / torch.where(squares > 0, squares, 1.0), unit)
         near = torch.cat([unit, *lattice.neighbours(fitted)], dim=1)
-        unit, integers, loss = _best_unit(wanted, curvature, near, limits)
+        unit, integers, loss = _best_unit(wanted, curvature, near, limits, step)
     return unit.float(), integers.to(torch.int8), loss
 
 
 def _best_unit(
-    wanted: Tensor, curvature: Tensor, units: Tensor, limits: tuple[int, int]
+    wanted: Tensor, curvature: Tensor, units: Tensor, limits: tuple[int, int], step: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The best of some units [rows, candidates], its integers and the loss."""
     best = (units[:, :1], torch.zeros_like(wanted), torch.full_like(wanted[:, 0], torch.inf))
     for unit in units.split(1, dim=1):
         safe = torch.where(unit == 0, 1.0, unit)
-        integers = torch.round(wanted / safe).clamp(*limits)
+        integers = nearest_integers(wanted / safe, limits, step)
         loss = (curvature * (wanted - unit * integers).square()).sum(1)
         better = loss < best[2]
         column = better[:, None]

@@ -62,10 +62,12 @@ def quantize(type_id: int, weights: np.ndarray) -> np.ndarray:
     """float32 [rows, width] -> packed rows uint8 [rows, row bytes]."""
     weights = np.ascontiguousarray(weights, np.float32)
     rows, width = weights.shape
-    _, block, nbytes = traits(type_id)
+    name, block, nbytes = traits(type_id)
+    even = np.ones(width, np.float32)  # the IQ2 types cannot do without importances
+    importances = even.ctypes.data if name.startswith("iq2") else None
     out = np.empty((rows, width // block * nbytes), np.uint8)
     written = library().ggml_quantize_chunk(
-        type_id, weights.ctypes.data, out.ctypes.data, 0, rows, width, None
+        type_id, weights.ctypes.data, out.ctypes.data, 0, rows, width, importances
     )
     assert written == out.nbytes
     return out

@@ -1,5 +1,7 @@
 """Packed bytes against two independent decoders: the C library and the gguf package."""
 
+import itertools
+
 import ggml_oracle
 import gguf
 import numpy as np
@@ -11,6 +13,8 @@ from pipeline.errors import UnsupportedError, VerificationError
 from pipeline.quantization.formats import E8M0, GGML_FORMATS, QuantizedTensor, get_format
 
 TYPES = tuple(GGML_FORMATS)
+CODEBOOKS = tuple(name for name, fmt in GGML_FORMATS.items() if fmt.codebook)
+SCALAR = tuple(name for name in TYPES if name not in CODEBOOKS)
 IN_GGUF_PACKAGE = tuple(name for name in TYPES if name in gguf.GGMLQuantizationType.__members__)
 
 
@@ -26,10 +30,13 @@ def random_tensor(name: str, rows: int = 7, blocks: int = 3, seed: int = 0) -> Q
     fmt, rng = GGML_FORMATS[name], np.random.default_rng(seed)
     width = blocks * fmt.super_group
     codes = rng.integers(fmt.code_min, fmt.code_min + len(fmt.levels), (rows, width))
+    if fmt.codebook is not None:
+        codes = random_vectors(rng, name, rows, width)
     per_super, per_group = (rows, blocks), (rows, width // fmt.group_size)
 
     def integers(limits: tuple[int, int]) -> torch.Tensor:
         found = rng.integers(limits[0], limits[1] + 1, per_group)
+        found -= (found - limits[0]) % fmt.sub_step
         return torch.from_numpy(found.astype(np.int8))
 
     scales = {"d": random_halves(rng, per_super)}
@@ -43,6 +50,19 @@ def random_tensor(name: str, rows: int = 7, blocks: int = 3, seed: int = 0) -> Q
     elif fmt.affine:
         scales["m"] = random_halves(rng, per_group)
     return QuantizedTensor(fmt, torch.from_numpy(codes.astype(np.int8)), scales)
+
+
+def random_vectors(rng: np.random.Generator, name: str, rows: int, width: int) -> np.ndarray:
+    """Codes of random entries with random signs, the eighth such that their number is even."""
+    kind = getattr(gguf.quants, name)
+    kind.init_grid()
+    grid = kind.grid.reshape(kind.grid_shape)
+    entries = rng.integers(0, len(grid), width * rows // grid.shape[1])
+    magnitudes = np.searchsorted(np.unique(grid), grid[entries]).reshape(rows, width)
+    negative = rng.integers(0, 2, (rows, width // 8, 8))
+    negative[:, :, 7] = negative[:, :, :7].sum(2) % 2
+    n = len(np.unique(grid))
+    return np.where(negative.reshape(rows, width), n - 1 - magnitudes, n + magnitudes)
 
 
 def same_bits(found: np.ndarray, expected: torch.Tensor) -> bool:
@@ -64,7 +84,7 @@ def test_the_gguf_package_decodes_what_the_solver_evaluated(name: str) -> None:
     assert same_bits(decoded, tensor.dequantize())
 
 
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("name", SCALAR)
 def test_every_code_in_every_place(name: str) -> None:
     fmt = GGML_FORMATS[name]
     block, levels = fmt.super_group, len(fmt.levels)
@@ -73,6 +93,68 @@ def test_every_code_in_every_place(name: str) -> None:
     tensor = QuantizedTensor(fmt, torch.from_numpy(places.astype(np.int8)), tensor.scales)
     decoded = ggml_oracle.dequantize(ggml_type(name).type_id, pack(tensor), block)
     assert same_bits(decoded, tensor.dequantize())
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_every_entry_with_every_pattern_of_signs_in_turn(name: str) -> None:
+    codebook = GGML_FORMATS[name].codebook
+    entries, n = codebook.entries.numpy(), len(codebook.magnitudes)
+    per_row = 256 // entries.shape[1]
+    rows = max(len(entries) // per_row, 256 // 32)
+    magnitudes = entries[np.arange(rows * per_row) % len(entries)].reshape(rows, 256)
+    patterns = np.arange(rows * 32) % 256
+    negative = patterns[:, None] >> np.arange(8) & 1
+    if codebook.even:
+        negative[:, 7] = negative[:, :7].sum(1) % 2
+    negative = negative.reshape(rows, 256)
+    codes = np.where(negative, n - 1 - magnitudes, n + magnitudes).astype(np.int8)
+    scales = random_tensor(name, rows=rows, blocks=1).scales
+    tensor = QuantizedTensor(GGML_FORMATS[name], torch.from_numpy(codes), scales)
+    found = ggml_oracle.dequantize(ggml_type(name).type_id, pack(tensor), 256)
+    assert same_bits(found, tensor.dequantize())
+    unit = {"d": torch.ones(rows, 1), "sc": torch.ones(rows, 256 // tensor.format.group_size)}
+    plain = QuantizedTensor(tensor.format, tensor.codes, {**unit, "sc": unit["sc"].to(torch.int8)})
+    decoded = gguf.quants.dequantize(pack(plain), gguf.GGMLQuantizationType[name])
+    kind = getattr(gguf.quants, name)
+    grid = kind.grid.reshape(kind.grid_shape)[np.arange(rows * per_row) % len(entries)]
+    unit_of = grid[0, 0] / np.abs(decoded).ravel()[0]
+    np.testing.assert_array_equal(np.abs(decoded).ravel() * unit_of, grid.ravel())
+    np.testing.assert_array_equal(decoded < 0, negative.astype(bool))
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_vectors_that_the_codebook_does_not_have(name: str) -> None:
+    codebook = GGML_FORMATS[name].codebook
+    n, places = len(codebook.magnitudes), codebook.entries.shape[1]
+    entries = {tuple(entry) for entry in codebook.entries.tolist()}
+    missing = next(v for v in itertools.product(range(n), repeat=places) if v not in entries)
+    tensor = random_tensor(name)
+    tensor.codes[3, 8 : 8 + places] = torch.tensor(missing, dtype=torch.int8) + n
+    tensor.codes[3, 8 + places : 16] = n + codebook.entries[0, 0].to(torch.int8)
+    with pytest.raises(VerificationError, match="no such vector"):
+        pack(tensor)
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_odd_numbers_of_negative_weights(name: str) -> None:
+    codebook = GGML_FORMATS[name].codebook
+    tensor = random_tensor(name)
+    tensor.codes[2, 40] = 2 * len(codebook.magnitudes) - 1 - tensor.codes[2, 40]
+    if codebook.even:
+        with pytest.raises(VerificationError, match="odd number"):
+            pack(tensor)
+    else:
+        decoded = ggml_oracle.dequantize(ggml_type(name).type_id, pack(tensor), 768)
+        assert same_bits(decoded, tensor.dequantize())
+
+
+@pytest.mark.parametrize("name", CODEBOOKS)
+def test_sub_scales_are_odd(name: str) -> None:
+    for wrong in (0, 2, 33):
+        tensor = random_tensor(name)
+        tensor.scales["sc"][1, 1] = wrong
+        with pytest.raises(VerificationError, match=r"1\.\.31 in steps of 2"):
+            pack(tensor)
 
 
 @pytest.mark.parametrize("name", TYPES)
@@ -121,8 +203,23 @@ def stored_scales(name: str, blocks: np.ndarray) -> dict[str, np.ndarray]:
         return {"d": half(0), "dmin": half(2), "sc": sc, "mn": mn}
     if name == "IQ4_XS":
         return {"d": half(0), "sc": each(scales_of_iq4)}
+    if name in SUB_SCALE_NIBBLES:
+        sc = each(
+            lambda b: [2 * (b[at] >> shift & 15) + 1 for at, shift in SUB_SCALE_NIBBLES[name]]
+        )
+        return {"d": half(0), "sc": sc}
     at = {"TQ1_0": 52, "TQ2_0": 64}.get(name, 0)
     return {"d": half(at)} | ({"m": half(2)} if name in ("Q4_1", "Q5_1") else {})
+
+
+SUB_SCALE_NIBBLES = {
+    "IQ2_XXS": [(9 + 8 * n, 4) for n in range(8)],
+    "IQ2_XS": [(66 + n // 2, 4 * (n % 2)) for n in range(16)],
+    "IQ2_S": [(74 + n // 2, 4 * (n % 2)) for n in range(16)],
+    "IQ3_XXS": [(69 + 4 * n, 4) for n in range(8)],
+    "IQ3_S": [(106 + n // 2, 4 * (n % 2)) for n in range(8)],
+}
+"""Byte and bit of every sub-scale in its block."""
 
 
 def six_bits_of_q3(packed: np.ndarray, n: int) -> int:

@@ -25,7 +25,9 @@ from exporters.gguf import (
     TensorEntry,
     Vocabulary,
     check_writable,
+    header_bytes,
     pack,
+    padded,
     permute_rope,
     read_vocabulary,
     rope_heads,
@@ -187,6 +189,22 @@ def test_the_same_input_gives_the_same_bytes(tiny: dict, tmp_path: Path) -> None
         write_gguf(tmp_path / name, **tiny)
         digests.add(hashlib.sha256((tmp_path / name).read_bytes()).hexdigest())
     assert len(digests) == 1
+
+
+def test_the_size_of_a_file_is_known_before_it_is_written(tiny: dict, tmp_path: Path) -> None:
+    for name, provenance in (("", {}), ("a longer name", {"piso.note": "x" * 31})):
+        options = {**tiny, "name": name, "provenance": provenance}
+        write_gguf(tmp_path / "m.gguf", **options)
+        data = sum(padded(entry.nbytes) for entry in tiny["tensors"])
+        known = header_bytes(**options) + data
+        assert (tmp_path / "m.gguf").stat().st_size == known
+        quantized = [
+            replace(entry, type="Q8_0") if len(entry.shape) == 2 else entry
+            for entry in tiny["tensors"]
+        ]
+        options |= {"tensors": quantized, "file_type": "Q8_0"}
+        assert header_bytes(**options) == known - data
+    assert [padded(n) for n in (0, 1, 32, 33)] == [0, 32, 32, 64]
 
 
 def test_tensors_are_read_once_in_order_and_released(tiny: dict, tmp_path: Path) -> None:

@@ -18,10 +18,22 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from pipeline.kernels.gpu import columns, common, descent, sweep, wide_sweep
+from pipeline.kernels.gpu import (
+    affine,
+    columns,
+    common,
+    descent,
+    sub_scales,
+    sweep,
+    wide_sweep,
+)
+from pipeline.kernels.twin import affine as plain_affine
 from pipeline.kernels.twin import columns as plain_columns
 from pipeline.kernels.twin import descent as plain_descent
+from pipeline.kernels.twin import sub_scales as plain_sub_scales
 from pipeline.kernels.twin import sweep as plain_sweep
+from pipeline.quantization.formats import Format, get_format
+from pipeline.quantization.scales.hierarchical import integer_ranges
 from tests.pipeline.quantization.problems import GRIDS, correlated, energy, scan, weights
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -339,3 +351,92 @@ def test_no_rows() -> None:
     assert sweep.piso_sweep(*put(empty, H, empty, grid), True, True, *FP16)[1].shape == (0, 4)
     none = np.zeros((0, 1))
     assert columns.round_columns(*put(empty, H, none, none, grid), 4)[0].shape == (0, 4)
+
+
+def sub_scale_problem(fmt: Format, rows: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Reals (w, M, c, d, dmin) and integers (sc, mn, level indices) of one group."""
+    width, (sub_scales, sub_offsets) = fmt.group_size, integer_ranges(fmt)
+    rng = np.random.default_rng(width + rows)
+    X = correlated(rng, width)
+    M = X.T @ X + 1e-2 * np.eye(width)
+    W = rng.standard_t(4, (rows, width)) + 0.3
+    reach = np.abs(W).max(1) / np.abs(fmt.grid.numpy()).max()
+    d, dmin = reach / 9, reach / 7
+    d[1], dmin[2], d[3] = 0, 0, -d[3]
+    if not sub_offsets[1]:
+        dmin[:] = 0
+    sc = np.full(rows, min(8, sub_scales[1]))
+    mn = np.full(rows, min(3, sub_offsets[1]))
+    codes = rng.integers(0, len(fmt.grid), W.shape)
+    return put(W, M, W @ M + rng.standard_normal(W.shape), d, dmin), put(sc, mn, codes)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
+def test_sub_scales_equal_their_plain_form(name: str, given: bool) -> None:
+    fmt = get_format(name)
+    reals, integers = sub_scale_problem(fmt, many(5, 1000))
+    grid, rest = fmt.grid.to(DEVICE), (*integer_ranges(fmt), many(1, 2), many(1, 4))
+    got = sub_scales.fit_sub_scales(*reals, *integers, given, grid, *rest)
+    expected = plain_sub_scales.fit_sub_scales(*reals, *integers, given, grid, *rest)
+    for found, plain in zip(got[:3], expected[:3], strict=True):
+        assert torch.equal(found, plain)
+    torch.testing.assert_close(got[3], expected[3], rtol=1e-10, atol=1e-10)
+    sc, mn, codes = (t.double() for t in got[:3])
+    v = (reals[3] * sc)[:, None] * grid[codes.long()] - (reals[4] * mn)[:, None]
+    reached = ((v @ reals[1] - 2 * reals[2]) * v).sum(1)
+    torch.testing.assert_close(reached, got[3], rtol=1e-9, atol=1e-9)
+
+
+def affine_problem(rows: int, width: int) -> list[Tensor]:
+    """Weights with ties, M and b; in two rows all weights are equal."""
+    W, M, _ = rows_of_all_kinds(width, rows, width, np.arange(4.0))
+    rng = np.random.default_rng(width)
+    return put(W, M, W @ M + rng.standard_normal(W.shape))
+
+
+def affine_energy(problem: list[Tensor], scale: Tensor, offset: Tensor, codes: Tensor) -> Tensor:
+    v = scale[:, None] * codes.double() + offset[:, None]
+    return ((v @ problem[1] - 2 * problem[2]) * v).sum(1)
+
+
+@pytest.mark.parametrize("anchored", [False, True])
+@pytest.mark.parametrize(
+    ("levels", "width"), [(4, 4), (16, 5)] if INTERPRETED else [(4, 16), (16, 32)]
+)
+def test_affine_lines_equal_their_plain_form(levels: int, width: int, anchored: bool) -> None:
+    rows = many(4, 300)
+    W, M, b = affine_problem(rows, width)
+    u = levels / (W.amax(1) - W.amin(1) + 0.1)
+    start = -u * W.amin(1)
+    slopes = put(np.random.default_rng(levels).standard_normal((rows, 2)))[0]
+    upwards = torch.stack([u, start, 0 * u, 0 * u + 1], dim=1)
+    slanted = torch.cat([torch.stack([u, start], dim=1), slopes], dim=1)
+    walks = torch.stack([upwards, slanted], dim=1)
+    at = torch.full((rows, 2), -1, device=W.device)
+    if anchored:
+        at[:, 1] = torch.arange(rows, device=W.device) % width
+    least = 1e-11 * float(M.diagonal().sum())
+    arguments = (W, M, b, float(levels - 1), walks, at, least)
+    gains, codes = affine.affine_lines(*arguments)
+    expected, _ = plain_affine.affine_lines(*arguments)
+    torch.testing.assert_close(gains, expected, rtol=1e-9, atol=1e-12)
+    # Codes of equal weights tie; what counts is that they reach the gain.
+    q = codes.double()
+    alpha, beta = (q * b).sum(1), ((q @ M) * q).sum(1)
+    reached = torch.where(gains > 0, alpha.square() / beta.clamp_min(1e-300), 0.0)
+    torch.testing.assert_close(reached, gains, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "limits", [(53, -1074, -float("inf"), float("inf")), (11, -24, 0.0, 65504.0)]
+)
+def test_affine_offsets_equal_their_plain_form(limits: tuple[int, int, float, float]) -> None:
+    width, top = many(5, 32), 15.0
+    problem = affine_problem(many(4, 300), width)
+    reach = problem[0].amax(1, keepdim=True) - problem[0].amin(1, keepdim=True) + 0.1
+    scales = torch.cat([reach / top, -0.8 * reach / top, 0 * reach], dim=1)
+    got = affine.affine_offsets(*problem, top, scales, *limits)
+    expected = plain_affine.affine_offsets(*problem, top, scales, *limits)
+    torch.testing.assert_close(got[3], expected[3], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(affine_energy(problem, *got[:3]), got[3], rtol=1e-9, atol=1e-9)

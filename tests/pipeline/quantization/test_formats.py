@@ -65,6 +65,41 @@ def test_bits_per_weight(name: str, bits: float) -> None:
     assert (stored + 16 * fields + sub_bits) / fmt.super_group == bits
 
 
+@pytest.mark.parametrize(
+    ("name", "bits", "entries"),
+    [
+        *(("IQ2_XXS", 2.0625, 256), ("IQ2_XS", 2.3125, 512), ("IQ2_S", 2.5625, 1024)),
+        *(("IQ3_XXS", 3.0625, 256), ("IQ3_S", 3.4375, 512)),
+    ],
+)
+def test_bits_per_weight_of_codebooks(name: str, bits: float, entries: int) -> None:
+    fmt = GGML_FORMATS[name]
+    vectors, places = fmt.codebook.entries.shape
+    assert (fmt.bits_per_weight, vectors) == (bits, entries)
+    of_vectors = math.log2(vectors) / places
+    signs = 7 / 8 if fmt.codebook.even else 1
+    assert of_vectors + signs + 4 / fmt.group_size + 16 / 256 == bits
+
+
+@pytest.mark.parametrize("name", [name for name, fmt in GGML_FORMATS.items() if fmt.codebook])
+def test_the_prefix_tree_holds_the_entries_and_nothing_else(name: str) -> None:
+    fmt = GGML_FORMATS[name]
+    codebook, n = fmt.codebook, len(fmt.codebook.magnitudes)
+    assert fmt.levels[:n] == tuple(-level for level in reversed(fmt.levels[n:]))
+    assert np.ptp(np.array(fmt.levels[n:]) / codebook.magnitudes) == 0
+    children, places = codebook.children.tolist(), codebook.entries.shape[1]
+    paths = [((), 0)]
+    for _ in range(places):
+        paths = [
+            ((*path, m), child)
+            for path, node in paths
+            for m, child in enumerate(children[node])
+            if child >= 0
+        ]
+    assert {child for _, child in paths} == {0}
+    assert [path for path, _ in paths] == sorted(map(tuple, codebook.entries.tolist()))
+
+
 def test_research_formats_are_parsed() -> None:
     fmt = get_format("int3_g128")
     assert (fmt.levels[0], fmt.levels[-1], fmt.group_size) == (-4, 3, 128)

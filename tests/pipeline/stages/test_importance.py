@@ -14,10 +14,10 @@ from exporters.gguf import gguf_name
 from exporters.gguf.imatrix import read_imatrix, write_imatrix
 from pipeline.checkpoint import open_checkpoint
 from pipeline.errors import InputError, PipelineError, UsageError
+from pipeline.identity import identity_of_importance
 from pipeline.progress import open_progress
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import load_recipe
-from pipeline.run import _identity_of
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.importance import importance_of, quantize_weighted
 from pipeline.stages.load import Source, open_source
@@ -93,7 +93,9 @@ def refused(matrix: str, error: type[PipelineError], match: str | None, **option
 def test_a_file_with_other_numbers_is_another_run(tmp_path: Path) -> None:
     first, same = (write(tmp_path / f"{n}.gguf", importance()) for n in "ab")
     other = write(tmp_path / "c.gguf", importance(1))
-    digests = [_identity_of(importance_of(*source_and_recipe(m))) for m in (first, same, other)]
+    digests = [
+        identity_of_importance(importance_of(*source_and_recipe(m))) for m in (first, same, other)
+    ]
     assert digests[0] == digests[1] != digests[2]
 
 

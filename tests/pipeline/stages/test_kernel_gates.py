@@ -30,7 +30,10 @@ from runtimes.torch_reference import TorchReference
 from runtimes.trace import Trace
 from tests.tiny import trained_checkpoint
 
-TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_0", "Q6_K", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "IQ4_XS")
+TYPES = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_0", "Q6_K", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "IQ4_XS"),
+    *("IQ2_XS", "IQ3_S"),
+)
 NOISE = 1e-5
 """What a right runtime stays below: measured 4e-7 to 3e-6. A wrong rounding makes 4e-4 or more."""
 

@@ -48,6 +48,10 @@ def test_a_mix_and_its_tables(wide: Path) -> None:
 def test_a_pure_file_has_one_type(wide: Path, tied: Path) -> None:
     assert set(plan(wide, type="Q2_K", pure=True).types.values()) == {"Q2_K"}
     assert set(plan(tied, type="Q4_K", pure=True).types.values()) == {"Q4_K"}
+    # The mix IQ2_S is made of IQ2_XS, but a pure file is of the type that was named.
+    assert plan(wide, type="IQ2_S").types["model.layers.1.mlp.up_proj.weight"] == "IQ2_XS"
+    assert set(plan(wide, type="IQ2_S", pure=True).types.values()) == {"IQ2_S"}
+    assert set(plan(wide, type="IQ2_M", pure=True).types.values()) == {"IQ2_S"}
 
 
 def test_explicit_tables_win(wide: Path, tied: Path) -> None:
@@ -116,6 +120,7 @@ def test_wrong_patterns_are_refused(text: str) -> None:
     [
         *(("Q2_K", "Q4_0"), ("Q3_K", "Q4_0"), ("Q4_K", "Q5_0"), ("Q5_K", "Q5_1")),
         *(("Q6_K", "Q8_0"), ("IQ4_XS", "IQ4_NL"), ("TQ1_0", "Q4_0"), ("TQ2_0", "Q4_0")),
+        *((kind, "IQ4_NL") for kind in ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S")),
     ],
 )
 def test_widths_that_do_not_divide(kind: str, taken: str, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Mixed precision: which type each matrix gets under a budget of bytes."""

@@ -1,0 +1,117 @@
+"""Statistics of every site's inputs on calibration text, and the quantizer as a judge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pipeline.calibration.streams import Stream
+from pipeline.quantization.formats import get_format
+from pipeline.quantization.layer import LayerOptions, quantize_layer
+from pipeline.quantization.objective import LayerObjective
+from pipeline.recipe import Recipe
+from pipeline.stages.load import Source
+from pipeline.stages.quantize import layer_options
+from pipeline.stages.stored import FLOAT_TYPES
+from pipeline.stages.walk import choose_device, store_free
+from pipeline.transforms.changes import ReadTensor
+from pipeline.transforms.model import Inner, Measure, Measured
+from pipeline.transforms.statistics import InputStatistics
+from runtimes.torch_reference import DecoderBlock, TorchReference
+
+
+def measuring(recipe: Recipe, source: Source, windows: Tensor) -> Measure:
+    """A pass over the calibration text: one block at a time, the residual stream of all windows.
+
+    Args:
+        recipe: Batch and device.
+        source: The checkpoint.
+        windows: Tokens, int64 [samples, length].
+    """
+    device = choose_device(recipe.device)
+
+    @torch.inference_mode()
+    def measure(read: ReadTensor, inner: Inner, hessian: bool) -> Measured:
+        model = TorchReference(
+            source.config,
+            lambda name: read(name).float(),
+            head=source.head,
+            device=device,
+            inner=inner,
+        )
+        embedded = model.embed(windows.to(device)).split(recipe.calibration.batch)
+        stream = Stream(list(embedded))
+        for index in range(model.n_blocks):
+            block = model.block(index)
+            found = {}
+            for site in source.checkpoint.architecture.sites:
+                found[site.name] = _site(stream, block, site.name, hessian)
+                stream.pass_site(block, site.name)
+            yield index, found
+        inputs = [model.head_input(residual) for residual in stream.residual]
+        yield None, {"head": _sums(inputs, hessian)}
+
+    return measure
+
+
+def _site(stream: Stream, block: DecoderBlock, site: str, hessian: bool) -> InputStatistics:
+    batches = range(len(stream.residual))
+    return _sums([stream.site_input(block, site, batch) for batch in batches], hessian)
+
+
+def _sums(batches: list[Tensor], hessian: bool) -> InputStatistics:
+    first = batches[0]
+    found = InputStatistics.empty(first.shape[-1], hessian=hessian, device=first.device)
+    for inputs in batches:
+        found.add(inputs)
+    return found.cpu()
+
+
+def judging(recipe: Recipe, source: Source) -> Callable[[str, Tensor, Tensor], float]:
+    """The recipe's quantizer as a judge: the error of a matrix's outputs under its type.
+
+    Nothing is refined or searched twice and no error of blocks before is corrected: those find the
+    same matrix a little better, whatever it is.
+
+    Args:
+        recipe: Methods and device.
+        source: Says the type of each matrix.
+    """
+    device = choose_device(recipe.device)
+    options: LayerOptions = replace(
+        layer_options(recipe), refine_rounds=0, orders=1, mismatch=0.0, stream_correction=0.0
+    )
+    if options.rounding in ("qronos", "gptaq", "gpfq"):  # GPTQ, where no error comes before
+        options = replace(options, rounding="gptq")
+    damping = recipe.quantization.damping
+
+    @torch.inference_mode()
+    def judge(name: str, weight: Tensor, hessian: Tensor) -> float:
+        kind = source.plan.types[name]
+        if kind in FLOAT_TYPES:
+            return 0.0
+        H = hessian.to(device)
+        objective = LayerObjective.from_moments(H, damping=damping)
+        weight = weight.float().to(device)
+        result = quantize_layer(weight, objective, get_format(kind), options)
+        error = (weight - result.quantized.dequantize().to(device)).double()
+        return float(((error @ H) * error).sum())
+
+    return judge
+
+
+def rounding(source: Source) -> Callable[[str, Tensor], Tensor]:
+    """Each matrix to the nearest values of its type, with scales that are best without data.
+
+    Args:
+        source: Says the type of each matrix.
+    """
+
+    @torch.inference_mode()
+    def rounded(name: str, weight: Tensor) -> Tensor:
+        return store_free(source.plan.types[name], weight.float()).dequantize().double()
+
+    return rounded

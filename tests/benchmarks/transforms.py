@@ -1,0 +1,195 @@
+"""What transforms do to weight-only files: perplexity by transform and type, with and without
+outliers.
+
+Decoder weights are in the type, embedding and head in Q8_0; every model is quantized block by block
+with the recipe's preset and evaluated in PyTorch with its dequantized weights, as llama-perplexity
+does. *MB* counts all tensors: a rotation of the residual stream stores a tied head a second time,
+so that its rows are not at equal bytes. Outliers: see `tests.outliers`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.architectures.base import EMBEDDING, HEAD
+from pipeline.progress import open_progress
+from pipeline.quantization.formats import get_format
+from pipeline.recipe_files import load_recipe
+from pipeline.stages.calibrate import Texts, prepare_texts
+from pipeline.stages.load import Source, open_source
+from pipeline.stages.plan import TypePlan
+from pipeline.stages.quantize import walk_settings
+from pipeline.stages.transform import transform
+from pipeline.stages.walk import Walk, choose_device, store_free
+from runtimes.torch_reference import TorchReference
+from tests.outliers import inject
+
+ROWS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "fold": ("fold",),
+    "permute magnitude": ("permute:spaces=inner+values+residual+heads",),
+    "permute alike": ("permute:by=alike,spaces=inner+values+residual",),
+    "permute mass": ("permute:by=mass,spaces=inner+values+residual",),
+    "equalize range": ("equalize",),
+    "equalize SmoothQuant": ("equalize:method=smoothquant",),
+    "equalize AWQ": ("equalize:method=awq,points=10",),
+    "R2": ("rotate:spaces=values",),
+    "R1 R2": ("rotate:allow_untie=true",),
+    "R1 R2 orthogonal": ("rotate:matrix=orthogonal,allow_untie=true",),
+    "equalize, R1 R2": ("equalize", "rotate:allow_untie=true"),
+    "equalize AWQ, permute": ("equalize:method=awq,points=10", "permute"),
+    "R1 R2 learned": ("rotate:matrix=learned,allow_untie=true",),
+}
+TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q2_0", "INT2_G32", "INT4_G32")
+
+
+class Nowhere:
+    """Keeps no parts of a run."""
+
+    def load(self, name: str) -> None:
+        """Nothing is there."""
+
+    def store(self, name: str, tensors: Any, meta: Any) -> None:
+        """Nothing is kept."""
+
+
+def with_types(source: Source, kind: str) -> Source:
+    """Decoder weights in one format of the solvers, whether a file can hold it or not."""
+    types = {n: "Q8_0" if n in (EMBEDDING, HEAD) else kind for n in source.plan.types}
+    return replace(source, plan=TypePlan(types, ()))
+
+
+@torch.inference_mode()
+def quantized_perplexity(recipe: Any, source: Source, texts: Texts) -> float:
+    """Perplexity of the quantized model in PyTorch."""
+    types = source.plan.types
+    weights = {
+        n: store_free("Q8_0", source.read(n)).dequantize() for n in (EMBEDDING, HEAD) if n in types
+    }
+    walk = Walk(source, weights[EMBEDDING], texts.calibration, walk_settings(recipe))
+    for index in range(walk.n_blocks):
+        for solved in walk.solve(index):
+            weights |= {n: t.dequantize() for n, t in solved.stored.items()}
+    return perplexity(source, weights, texts, recipe.device)
+
+
+@torch.inference_mode()
+def perplexity(
+    source: Source, weights: Any, texts: Texts, device: str, linears: Any = None
+) -> float:
+    """Perplexity with some weights replaced: the second half of each chunk is scored."""
+
+    def read(name: str) -> torch.Tensor:
+        found = weights.get(name)
+        return source.read(name) if found is None else found
+
+    place = choose_device(device)
+    model = TorchReference(
+        source.config,
+        read,
+        head=source.head,
+        device=place,
+        linears=linears,
+        inner=source.inner,
+    )
+    tokens = next(iter(texts.evaluation.values())).to(place)
+    first = tokens.shape[1] // 2
+    total = count = 0.0
+    for window, logits in zip(tokens, model.logits(tokens, first), strict=True):
+        wanted, wide = window[first + 1 :], logits.double()
+        total += float((wide.logsumexp(1) - wide.gather(1, wanted[:, None])[:, 0]).sum())
+        count += len(wanted)
+    return math.exp(total / count)
+
+
+def megabytes(source: Source) -> float:
+    """Of all tensors."""
+    bits = 0.0
+    for name, shape in source.shapes.items():
+        kind = source.plan.types.get(name)
+        bits += math.prod(shape) * (32 if kind is None else get_format(kind).bits_per_weight)
+    return bits / 8e6
+
+
+def opened(options: dict[str, Any], preset: str) -> tuple[Any, Source]:
+    """Recipe and source."""
+    recipe = load_recipe(preset, options={k: v for k, v in options.items() if v is not None}).recipe
+    return recipe, open_source(recipe, allow_pickle=False)
+
+
+def measure(
+    model: str,
+    calibration: str | None,
+    evaluation: str | None,
+    out: Path,
+    *,
+    preset: str,
+    samples: int,
+    chunks: int,
+    device: str,
+    types: Sequence[str],
+    rows: Sequence[str],
+    outliers: Sequence[str],
+) -> None:
+    """Fill the table; figures that `out` already holds are kept, so that a run can be continued."""
+    done = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
+    with tempfile.TemporaryDirectory() as scratch, open_progress("quiet") as progress:
+        folders = {"without": model}
+        if "with" in outliers:
+            folders["with"] = str(inject(Path(model), Path(scratch) / "outliers"))
+        for which in outliers:
+            for row in rows:
+                options = {
+                    "model": folders[which],
+                    "calibration.source": calibration,
+                    "calibration.samples": samples,
+                    "evaluation.source": evaluation,
+                    "evaluation.chunks": chunks,
+                    "device": device,
+                    "type": "Q8_0",
+                    "transforms": ROWS[row],
+                }
+                recipe, opened_source = opened(options, preset)
+                texts = prepare_texts(recipe, opened_source)
+                if f"{which} | full precision" not in done:
+                    figure = perplexity(opened_source, {}, texts, device)
+                    done[f"{which} | full precision"] = {"ppl": figure}
+                for kind in types:
+                    key = f"{which} | {row} | {kind}"
+                    if key in done:
+                        continue
+                    begun = time.monotonic()
+                    source = with_types(opened_source, kind)
+                    source = transform(recipe, source, texts.calibration, Nowhere(), progress)
+                    ppl = quantized_perplexity(recipe, source, texts)
+                    seconds = time.monotonic() - begun
+                    done[key] = {"ppl": ppl, "MB": megabytes(source), "seconds": seconds}
+                    print(f"{key}: ppl {ppl:.3f}, {seconds:.0f} s", flush=True)
+                    out.write_text(json.dumps(done, indent=1), encoding="utf-8")
+    print(render(done, types, rows))
+
+
+def render(done: dict[str, Any], types: Sequence[str], rows: Sequence[str]) -> str:
+    """One Markdown table without and one with outliers."""
+    lines = []
+    for which in ("without", "with"):
+        full = done.get(f"{which} | full precision")
+        if full is None:
+            continue
+        lines += ["", f"{which} outliers, full precision {full['ppl']:.2f}", ""]
+        lines += [f"| transforms | {' | '.join(f'{t} | MB' for t in types)} |"]
+        lines += ["| --- " * (1 + 2 * len(types)) + "|"]
+        for row in rows:
+            cells = [done.get(f"{which} | {row} | {kind}") for kind in types]
+            shown = [f"{c['ppl']:.2f} | {c['MB']:.2f}" if c else " | " for c in cells]
+            lines.append(f"| {row} | {' | '.join(shown)} |")
+    return "\n".join(lines)

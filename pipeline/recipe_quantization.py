@@ -93,7 +93,4 @@ class Onnx(Frozen):
         description="Operators: of the ONNX standard, of opset 21 only, or ONNX Runtime's "
         "GroupQueryAttention.",
     )
-    packed: bool = Field(
-        default=False,
-        description="Store 3 bits in 3, not in a container of 4; slower to load, as fast to run.",
-    )
+    packed: bool = Field(default=False, description="Store 3 bits in 3; slower to load only.")

@@ -17,7 +17,7 @@ from tests.benchmarks.transforms import (
     Nowhere,
     opened,
     perplexity,
-    quantized_perplexity,
+    quantized_quality,
     with_types,
 )
 from tests.deploying import deploy, gate_statuses
@@ -88,7 +88,7 @@ def quantized(model: Path, kind: str, *transforms: str) -> tuple[float, float]:
     with open_progress("quiet") as progress:
         source = with_types(source, kind)
         source = transform(recipe, source, texts.calibration, Nowhere(), progress)
-    return perplexity(source, {}, texts, "cpu"), quantized_perplexity(recipe, source, texts)
+    return perplexity(source, {}, texts, "cpu"), quantized_quality(recipe, source, texts)[0]
 
 
 @pytest.mark.parametrize("kind", ["INT3_G32", "INT4_G32"])

@@ -28,7 +28,7 @@ from pipeline.run_directory import RunDirectory
 from pipeline.stages.load import Source
 from pipeline.stages.model_files import ModelFile, model_files
 from pipeline.stages.plan import TypePlan
-from pipeline.stages.quantize import Part, QuantizedModel, part_by_part
+from pipeline.stages.quantize import BIAS, Part, QuantizedModel, part_by_part
 from pipeline.stages.report import RECIPE, check_files
 from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
 from pipeline.stages.transform import Delivered, transform
@@ -168,9 +168,11 @@ def _take_over(
             weights = GGUFWeights(file.path, source.checkpoint.config)
             stack.callback(weights.close)
             read: Read = lambda name: _from_gguf(weights, name)  # noqa: E731
+            floats: Callable[[str], torch.Tensor] = weights.read
         else:
             onnx = read_onnx(file.path)
             read = lambda name: _from_onnx(onnx, name)  # noqa: E731
+            floats = lambda name: torch.from_numpy(onnx.floats(name))  # noqa: E731
 
         def make(names: list[str]) -> Part:
             stored = {}
@@ -180,7 +182,9 @@ def _take_over(
                 stored[name] = store_free(kind, source.read(name)) if anew else read(name)
                 if not anew:
                     stored[name] = renamed(stored[name], kind)
-            return Part(stored, [])
+            biases = [name.removesuffix("weight") + "bias" for name in names]
+            held = {f"{BIAS}{name}": floats(name) for name in biases if name in source.shapes}
+            return Part(stored, [], held)
 
         return part_by_part(source, run, progress, make)
 

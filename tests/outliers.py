@@ -33,8 +33,19 @@ def inject(
     channels: int = 4,
     seed: int = 0,
     kinds: tuple[str, ...] = KINDS,
+    together: bool = False,
 ) -> Path:
-    """Writes the checkpoint with `channels` outliers a space, float32, and returns its folder."""
+    """Writes the checkpoint with outliers, float32, and returns its folder.
+
+    Args:
+        model: The checkpoint.
+        target: Folder to make.
+        factor: How much larger outliers become.
+        channels: Outliers a space.
+        seed: Decides which channels.
+        kinds: Kinds of spaces.
+        together: The first channels of each space, side by side, instead of random ones.
+    """
     recipe = load_recipe(options={"model": str(model), "type": "Q8_0", "allow_fallback": True})
     source = open_source(recipe.recipe, allow_pickle=False)
     generator = torch.Generator().manual_seed(seed)
@@ -45,7 +56,8 @@ def inject(
             continue
         factors = torch.ones(space.width, dtype=torch.float64)
         drawn = torch.randperm(space.width, generator=generator)[:channels]
-        factors[stream if space.kind.endswith("norm") else drawn] = factor
+        chosen = stream if space.kind.endswith("norm") else drawn
+        factors[torch.arange(channels) if together else chosen] = factor
         changes.append(Change(space, Scaling(factors)))
     source = replace(source, changes=tuple(changes))
     target.mkdir(parents=True)

@@ -33,6 +33,7 @@ from pipeline.stages.verify import (
     quality_gate,
     quality_of,
 )
+from pipeline.transforms.online import kronecker_pair
 from runtimes.metrics import Comparison, Protocol
 from runtimes.onnxruntime import Census, Mode, OnnxRuntime
 from runtimes.onnxruntime_speed import measure
@@ -152,7 +153,7 @@ def _census_gate(runtime: str, census: Census, source: Source) -> Gate:
         kinds[source.head]
     ]
     quantized = sum(kind not in FLOAT_TYPES for kind in linears)
-    wanted = Census(quantized, len(linears) - quantized, 0)
+    wanted = Census(quantized, len(linears) - quantized + _rotations(source), 0)
     left = f"{census.dequantizers} DequantizeLinear, {census.float_linears} float products"
     return Gate(
         level="census",
@@ -163,6 +164,14 @@ def _census_gate(runtime: str, census: Census, source: Source) -> Gate:
         status="green" if census == wanted else "red",
         detail="" if census == wanted else f"left: {left}",
     )
+
+
+def _rotations(source: Source) -> int:
+    """Products of rotations at run time, which are floats: one or two a block."""
+    if source.online is None:
+        return 0
+    factors = sum(len(matrix) > 1 for matrix in kronecker_pair(source.online))
+    return factors * int(source.config.num_hidden_layers)
 
 
 def _twin_gates(found: Comparison, recipe: Recipe) -> list[Gate]:

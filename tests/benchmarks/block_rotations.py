@@ -5,6 +5,10 @@ sites read rotated inputs. The input of down_proj is rotated at run time, in blo
 behind a permutation that is merged (none, MixQuant's mass diffusion, zigzag). Weights are INT4 with
 one scale a row (PiSO without data, round to nearest), activations INT4 with one scale a token, both
 fake-quantized in PyTorch; embedding and head stay in float. MixQuant: arXiv 2601.22347.
+
+Outliers here are the first sixteenth of the FFN's channels, ten times larger than they were: side
+by side, so that a rotation of their block leaves them where they are. A few channels that are a
+hundred times larger than all others are beyond any block of 16: they stay 25 times larger.
 """
 
 from __future__ import annotations
@@ -93,8 +97,17 @@ def measure(
     with tempfile.TemporaryDirectory() as scratch, open_progress("quiet") as progress:
         folders = {"without": model}
         if "with" in outliers:
-            kinds = ("inner",)
-            folders["with"] = str(inject(Path(model), Path(scratch) / "outliers", kinds=kinds))
+            width = json.loads((Path(model) / "config.json").read_text())["intermediate_size"]
+            folders["with"] = str(
+                inject(
+                    Path(model),
+                    Path(scratch) / "outliers",
+                    factor=10.0,
+                    channels=width // 16,
+                    kinds=("inner",),
+                    together=True,
+                )
+            )
         cells = [
             (which, order, block)
             for which in outliers

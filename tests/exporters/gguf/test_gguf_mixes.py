@@ -12,8 +12,14 @@ from tiny_models import export, random_model
 from pipeline.mixes import ALIASES, BASES, Matrix, base_type, embedding_type, head_type, mix_type
 from pipeline.quantization.formats import GGML_FORMATS
 
+CODEBOOKS = ("IQ2_", "IQ3_")
+"""llama.cpp takes seconds for a file of these."""
+
 CASES = [
-    (name, layers, kv_heads, tied)
+    pytest.param(
+        *(name, layers, kv_heads, tied),
+        marks=[pytest.mark.slow] if name.startswith(CODEBOOKS) and not tied else [],
+    )
     for name in BASES
     for layers, kv_heads, tied in ((19, 1, False), (9, 4, True))
     if (layers, name) not in {(19, "IQ4_NL"), (19, "TQ1_0")}

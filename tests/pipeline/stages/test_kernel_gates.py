@@ -51,6 +51,9 @@ class RoundToNearest:
         kind, weight = self.source.plan.types[name], self.source.read(name)
         return StoredTensor(kind, quantize_free(weight, get_format(kind), "absmax"))
 
+    def read(self, name: str) -> Tensor:
+        return self.source.read(name)
+
 
 @dataclass(frozen=True)
 class Case:

@@ -160,9 +160,10 @@ def test_what_needs_no_untying_leaves_the_head_tied(kind: str, tied: Path) -> No
     assert torch.equal(source.read(HEAD), source.read(EMBEDDING))
 
 
-def test_dry_run_shows_the_untied_head(tied: Path) -> None:
+def test_dry_run_shows_the_untied_head(tied: Path, tmp_path: Path) -> None:
     options = {"model": str(tied), "type": "Q8_0", "transforms": ("rotate:allow_untie=true",)}
-    planned = run.plan(load_recipe(options=options))
+    with open_progress("quiet") as progress:
+        planned = run.plan(load_recipe(options=options), output=tmp_path / "out", progress=progress)
     assert planned["output.weight"] == planned["token_embd.weight"]
 
 

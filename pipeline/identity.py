@@ -14,7 +14,8 @@ import torch
 from pipeline.recipe import Recipe
 from pipeline.stages.calibrate import Texts
 from pipeline.stages.load import Source
-from pipeline.versions import RUNTIMES, versions
+from pipeline.stages.walk import choose_device
+from pipeline.versions import decisive_versions
 
 
 def identity_of_run(recipe: Recipe, source: Source, texts: Texts) -> dict[str, Any]:
@@ -23,13 +24,13 @@ def identity_of_run(recipe: Recipe, source: Source, texts: Texts) -> dict[str, A
     files = json.dumps(source.description["files"], sort_keys=True)
     decisive = {f"recipe.{k}": v for k, v in recipe.decisive().items()}
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in decisive.items()}
-    decided = {name: version for name, version in versions().items() if name not in RUNTIMES}
     return {
         **plain,
-        **{f"version.{k}": v for k, v in decided.items()},
+        **{f"version.{k}": v for k, v in decisive_versions().items()},
         "checkpoint": hashlib.sha256(files.encode()).hexdigest(),
         "calibration tokens": tokens,
         "threads": torch.get_num_threads(),
+        "device": choose_device(recipe.device).type,
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
     }
 

@@ -24,3 +24,8 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
+
+
+def decisive_versions() -> dict[str, str]:
+    """The same without the runtimes: a resume after one was upgraded gives the same bytes."""
+    return {name: version for name, version in versions().items() if name not in RUNTIMES}

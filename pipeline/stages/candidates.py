@@ -212,5 +212,5 @@ class CandidateStore:
 
 
 def candidates_part(name: str) -> str:
-    """Part of the run directory that holds a matrix's candidates."""
-    return f"candidates-{part_of(name)}"
+    """Part of the run directory that holds a matrix's candidates; embedding and head share one."""
+    return f"candidates-{part_of(EMBEDDING if name == HEAD else name)}"

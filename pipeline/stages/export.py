@@ -67,16 +67,24 @@ def export(path: Path, model: QuantizedModel, recipe: Recipe) -> dict[str, Any]:
     return promised
 
 
+def method_of(recipe: Recipe, source: Source) -> str:
+    """How codes and scales were chosen, for the metadata of a file."""
+    if source.packed_by:
+        return f"repacked from {source.packed_by}"
+    rounding = "nearest" if recipe.imatrix else recipe.quantization.rounding
+    return f"{rounding} with {recipe.quantization.scales} scales"
+
+
 def _description(source: Source, recipe: Recipe) -> dict[str, Any]:
     """What the file says besides its tensors, as arguments of `write_gguf`."""
-    method = f"{recipe.quantization.rounding} with {recipe.quantization.scales} scales"
-    if source.packed_by:
-        method = f"repacked from {source.packed_by}"
     return {
         "config": source.checkpoint.config,
         "vocabulary": source.vocabulary,
         "file_type": source.file_type,
-        "provenance": {"piso.generator": f"piso-deploy {__version__}", "piso.method": method},
+        "provenance": {
+            "piso.generator": f"piso-deploy {__version__}",
+            "piso.method": method_of(recipe, source),
+        },
         "name": source.name,
     }
 

@@ -18,13 +18,14 @@ from exporters.onnx.rotation import KroneckerPair
 from exporters.onnx.weights import Content
 from pipeline.quantization.formats import QuantizedTensor
 from pipeline.recipe import Recipe
+from pipeline.stages.export import method_of
 from pipeline.stages.load import Source
 from pipeline.stages.quantize import QuantizedModel
 from pipeline.stages.stored import digest
 from pipeline.storage import reported
 from pipeline.transforms.changes import run_time_rotation
 from pipeline.transforms.online import kronecker_pair
-from pipeline.versions import versions
+from pipeline.versions import decisive_versions, versions
 from runtimes.torch_reference import TorchReference
 
 COPIED = (
@@ -82,9 +83,6 @@ def export_onnx(folder: Path, model: QuantizedModel, recipe: Recipe) -> tuple[Pa
             return integer_weight(stored.content, name)
         return stored.content.numpy()
 
-    method = f"{recipe.quantization.rounding} with {recipe.quantization.scales} scales"
-    if source.packed_by:
-        method = f"repacked from {source.packed_by}"
     settings = {k: v for k, v in recipe.decisive().items() if k not in LOCAL}
     path = write_onnx(
         folder,
@@ -95,9 +93,9 @@ def export_onnx(folder: Path, model: QuantizedModel, recipe: Recipe) -> tuple[Pa
         inner_rotation=_inner_rotation(source),
         provenance={
             "piso.generator": f"piso-deploy {versions()['piso-deploy']}",
-            "piso.method": method,
+            "piso.method": method_of(recipe, source),
             "piso.recipe": json.dumps(settings, sort_keys=True),
-            "piso.versions": json.dumps(versions(), sort_keys=True),
+            "piso.versions": json.dumps(decisive_versions(), sort_keys=True),
         },
     )
     _add_companions(folder, source)

@@ -43,6 +43,7 @@ def importance_of(recipe: Recipe, source: Source) -> dict[str, np.ndarray]:
         InputError: The recipe's file is refused, or lacks a matrix or has another width for it.
         UsageError: The checkpoint is 4-bit already, or the same file is asked for.
     """
+    _refuse_unused(recipe)
     if recipe.imatrix is None:
         return {}
     if source.checkpoint.packed or "imatrix" in recipe.emit:
@@ -67,6 +68,24 @@ def importance_of(recipe: Recipe, source: Source) -> dict[str, np.ndarray]:
             )
         found[name] = vector
     return found
+
+
+def _refuse_unused(recipe: Recipe) -> None:
+    """Settings that an importance matrix would leave without effect, or that would change what it
+    says."""
+    weighting = recipe.calibration.gradient_weighting > 0
+    if weighting and "imatrix" in recipe.emit:
+        raise UsageError(
+            "calibration.gradient_weighting cannot be combined with --emit imatrix",
+            why="the means of the inputs' squares would be weighted, which no reader expects",
+            fix="leave one of the two out",
+        )
+    if recipe.imatrix is not None and (weighting or recipe.quantization.magr > 0):
+        raise UsageError(
+            "--imatrix cannot be combined with calibration.gradient_weighting or quantization.magr",
+            why="both need calibration text, in whose place the importance matrix is taken",
+            fix="leave one of the two out",
+        )
 
 
 @torch.inference_mode()

@@ -106,6 +106,10 @@ def transform(
     transforms = [parse_transform(text) for text in recipe.transforms]
     if not transforms:
         return source
+    if recipe.budgeted and any(one.measures for one in transforms):
+        progress.warning(
+            f"transforms are measured with {recipe.weight_type}: a budget chooses types after them"
+        )
     model = _kept(transforms, source, parts) or _planned(transforms, recipe, source, windows, parts)
     notes = tuple(dict.fromkeys([*model.notes, *_bound_notes(model)]))
     source = replace(

@@ -174,6 +174,9 @@ class Walk:
         objective = self._objective(moments)
         kind = self._source.plan.types[HEAD]
         weight = self._source.read(HEAD).to(self._device)
+        if self._settings.magr:
+            smaller = reduce_magnitude(weight, moments.solving.hessian, self._settings.magr)
+            weight = smaller.to(weight)
         results = [
             self._solve([rows], kind, moments, objective) for rows in weight.split(HEAD_ROWS)
         ]
@@ -311,7 +314,7 @@ def _corrected_biases(
 
 
 def _mean_squares(moments: SiteMoments) -> Tensor:
-    return (moments.solving.hessian.diagonal() / moments.solving.tokens).float().cpu()
+    return (moments.solving.hessian.diagonal() / (moments.solving.weight or 1.0)).float().cpu()
 
 
 def _joined(parts: list[QuantizedTensor]) -> QuantizedTensor:

@@ -16,7 +16,7 @@ from pipeline.transforms.statistics import SITES, InputStatistics, channel_score
 
 def plan_equalization(model: Model, options: Mapping[str, Any]) -> None:
     """Rescale the channels of every space that is asked for."""
-    spaces = list(model.of_kinds(str(options["spaces"]).split("+")))
+    spaces = model.asked_for(str(options["spaces"]).split("+"))
     alpha = options["alpha"]
     if options["method"] == "range":
         for space in spaces:

@@ -90,6 +90,13 @@ class Model:
         """The spaces of these kinds, in the model's order."""
         return (space for space in self.spaces if space.kind in kinds)
 
+    def asked_for(self, kinds: Sequence[str]) -> list[Space]:
+        """The same for kinds that a user named: one that the model lacks is noted."""
+        for kind in kinds:
+            if all(space.kind != kind for space in self.spaces):
+                self.notes.append(f"{kind}: the model has no such space, nothing was done there")
+        return list(self.of_kinds(kinds))
+
 
 def columns_of(model: Model, space: Space, measure: str) -> Tensor:
     """Size of each channel in the matrices that read it, float64 [width].

@@ -32,13 +32,19 @@ def plan_rotation(model: Model, options: Mapping[str, Any]) -> None:
     Every space has matrices of its own, drawn one after the other from the seed.
 
     Raises:
-        ValueError: The block does not divide the residual stream.
+        ValueError: The block does not divide the residual stream, or is to be learned, or there is
+            nothing to learn.
     """
     wanted = str(options["spaces"]).split("+")
+    if options["matrix"] == "learned":
+        if "residual" not in wanted or options["block"]:
+            raise ValueError("a learned rotation is one of the whole residual stream")
+        if "values" in wanted:
+            model.notes.append("values: rotated by Hadamard matrices, which are not learned")
     generator = torch.Generator().manual_seed(options["seed"])
     if "residual" in wanted:
         plan_fold(model, {})
-    for space in list(model.of_kinds(wanted)):
+    for space in model.asked_for(wanted):
         rotation = _rotation(model, space, options, generator)
         if options["matrix"] == "learned" and space.kind == "residual":
             rotation = _learned(model, space, rotation, options)
@@ -65,8 +71,8 @@ def _learned(
         matrix, groups, steps=options["steps"], rate=options["rate"]
     )
     model.notes.append(
-        f"learned rotation: relative error {first:.4g} of the Hadamard one, {least:.4g} after "
-        f"{options['steps']} steps on blocks {', '.join(map(str, sorted(chosen)))}"
+        f"learned rotation: error {first:.4g} of the Hadamard one, {least:.4g} of the best "
+        f"in {options['steps']} steps on blocks {', '.join(map(str, sorted(chosen)))}"
     )
     return BlockRotation(learned[None].contiguous())
 

@@ -48,7 +48,7 @@ ROWS: dict[str, tuple[str, ...]] = {
     "R1 R2 orthogonal": ("rotate:matrix=orthogonal,allow_untie=true",),
     "equalize, R1 R2": ("equalize", "rotate:allow_untie=true"),
     "equalize AWQ, permute": ("equalize:method=awq,points=10", "permute"),
-    "R1 R2 learned": ("rotate:matrix=learned,allow_untie=true",),
+    "R1 learned, R2": ("rotate:matrix=learned,allow_untie=true",),
 }
 TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q2_0", "INT2_G32", "INT4_G32")
 

@@ -262,6 +262,23 @@ def test_tables_that_the_target_cannot_hold_are_made_anew_and_counted(tmp_path: 
     assert before[gguf_name(matrix)]["sha256_float32"] == after[matrix]["sha256_float32"]
 
 
+@pytest.mark.parametrize(
+    ("tables", "replaced"),
+    [
+        ({"pure": True, "token_embedding_type": "Q4_0"}, "Q4_0 -> Q8_0 (made anew"),
+        ({"token_embedding_type": "Q8_0", "output_tensor_type": "Q5_0"}, "Q5_0 -> Q8_0 (made anew"),
+    ],
+    ids=["pure", "own head"],
+)
+def test_tables_that_onnx_cannot_gather_or_hold(
+    tables: dict[str, Any], replaced: str, tmp_path: Path
+) -> None:
+    deploy(trained_checkpoint("llama"), tmp_path / "gguf", {**QUICK, "type": "Q4_0", **tables})
+    report = export(tmp_path / "gguf", "onnx", tmp_path / "onnx")
+    assert report.exit_code == 0
+    assert any(replaced in note for note in report.notes)
+
+
 def test_what_cannot_be_taken_over(both: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     with pytest.raises(UsageError, match="unknown target 'ggfu'"):

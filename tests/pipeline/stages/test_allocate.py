@@ -175,6 +175,15 @@ def test_a_budget_is_kept_and_told(delivered: Path) -> None:
     assert "types chosen for 260KB" in (delivered / "README.md").read_text()
 
 
+def test_a_head_of_its_own_is_chosen_for_and_judged_too(tmp_path: Path) -> None:
+    """Untied by a rotation: the embedding and the head are candidates apart."""
+    options = {**BUDGET, "target_size": 420_000, "transforms": ("rotate:allow_untie=true",)}
+    assert deploy(trained_checkpoint("llama"), tmp_path / "out", options).exit_code == 0
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert {"output.weight", "token_embd.weight"} <= manifest["allocation"]["types"].keys()
+    assert manifest["allocation"]["tried"] > 0
+
+
 def test_a_folder_made_under_a_budget_verifies(delivered: Path) -> None:
     manifest = json.loads((delivered / "manifest.json").read_text())
     with open_progress("quiet") as progress:

@@ -128,6 +128,19 @@ def test_what_would_make_it_needless_is_refused(tmp_path: Path) -> None:
     refused(matrix, UsageError, "cannot be combined", emit=("imatrix",))
 
 
+@pytest.mark.parametrize("key", ["calibration.gradient_weighting", "quantization.magr"])
+def test_what_it_would_leave_without_effect_is_refused(key: str, tmp_path: Path) -> None:
+    matrix = write(tmp_path / "i.gguf", importance())
+    refused(matrix, UsageError, "leave one of the two out|cannot be combined", **{key: 0.5})
+
+
+def test_weighted_means_are_not_written_as_an_importance_matrix() -> None:
+    options = {"calibration.gradient_weighting": 0.5, "emit": ("imatrix",)}
+    recipe = load_recipe(options={"model": str(trained_checkpoint("llama")), **options}).recipe
+    with pytest.raises(UsageError, match="would be weighted"):
+        importance_of(recipe, open_source(recipe, allow_pickle=False))
+
+
 @pytest.mark.parametrize("value", [float("nan"), -1.0])
 def test_numbers_that_are_no_squares_are_refused(value: float, tmp_path: Path) -> None:
     means = importance()

@@ -394,6 +394,20 @@ def test_a_learned_rotation_is_exact_and_says_what_it_won(tmp_path: Path) -> Non
     )
     assert [gate.status for gate in source.exactness] == ["green", "green"]
     (note,) = (text for text in source.rewrite_notes if text.startswith("learned rotation"))
-    found = re.search(r"error (\S+) of the Hadamard one, (\S+) after", note)
+    found = re.search(r"error (\S+) of the Hadamard one, (\S+) of the best", note)
     assert found is not None
-    assert float(found[2]) <= float(found[1])
+    assert float(found[2]) < 0.99 * float(found[1])
+    assert any(note.startswith("values: rotated by Hadamard") for note in source.rewrite_notes)
+
+
+@pytest.mark.parametrize("options", ["spaces=values", "block=16"])
+def test_what_cannot_be_learned_is_refused(options: str) -> None:
+    with pytest.raises(UsageError, match="does not fit this model"):
+        rewritten(trained_checkpoint("llama"), f"rotate:matrix=learned,allow_untie=true,{options}")
+
+
+def test_a_space_that_a_model_lacks_is_noted(tied: Path) -> None:
+    source = rewritten(tied, "equalize:spaces=final_norm+inner")
+    assert any(
+        note.startswith("final_norm: the model has no such") for note in source.rewrite_notes
+    )

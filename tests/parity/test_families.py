@@ -30,7 +30,9 @@ def climb(family: str, kind: str, output: Path) -> None:
     assert report.qualities[0].d_ln_ppl < worst
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family", ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen2", "qwen3"))]
+)
 def test_every_family_at_4_bits(family: str, tmp_path: Path) -> None:
     climb(family, "Q4_0", tmp_path / "out")
 

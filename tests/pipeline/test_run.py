@@ -68,7 +68,7 @@ def test_another_recipe_gives_other_bytes(
     assert digest_of_model(tmp_path / "other") != digest_of_model(delivered)
 
 
-@pytest.mark.parametrize("parts", [1, 2, 3])
+@pytest.mark.parametrize("parts", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 3))])
 def test_a_run_that_died_after_any_part_continues_to_the_same_bytes(
     parts: int, delivered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

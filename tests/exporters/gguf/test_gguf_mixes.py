@@ -18,7 +18,9 @@ CODEBOOKS = ("IQ2_", "IQ3_")
 CASES = [
     pytest.param(
         *(name, layers, kv_heads, tied),
-        marks=[pytest.mark.slow] if name.startswith(CODEBOOKS) and not tied else [],
+        marks=[pytest.mark.slow]
+        if name.startswith(CODEBOOKS) and (not tied or name != "IQ2_XS")
+        else [],
     )
     for name in BASES
     for layers, kv_heads, tied in ((19, 1, False), (9, 4, True))

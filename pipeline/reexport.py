@@ -15,7 +15,7 @@ from exporters.gguf import gguf_name, unpack
 from exporters.onnx import read_onnx
 from pipeline.architectures.base import EMBEDDING, HEAD
 from pipeline.delivery import carry_out, enter
-from pipeline.errors import InputError, UnsupportedError, VerificationError
+from pipeline.errors import UnsupportedError, VerificationError
 from pipeline.identity import identity_of_run
 from pipeline.order import Order
 from pipeline.progress import Progress
@@ -23,7 +23,7 @@ from pipeline.quantization.formats import QuantizedTensor, get_format
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import ResolvedRecipe, load_recipe
 from pipeline.report import Report
-from pipeline.run import prepare
+from pipeline.run import check_original, prepare
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.load import Source
 from pipeline.stages.model_files import ModelFile, model_files
@@ -49,6 +49,7 @@ def reexport(
     attention: str | None = None,
     model: str | None = None,
     overwrite: bool = False,
+    fresh: bool = False,
     allow_pickle: bool = False,
     command: str = "",
     progress: Progress,
@@ -66,6 +67,7 @@ def reexport(
         attention: Operators of ONNX graphs; None: as the recipe has it.
         model: Where the original checkpoint is now; by default where it was.
         overwrite: Replace an earlier output folder.
+        fresh: Ignore what an interrupted export has finished.
         allow_pickle: Accept PyTorch pickles.
         command: The command line, for the model card.
         progress: Told what happens.
@@ -75,7 +77,7 @@ def reexport(
         UsageError: The recipe's types and the target do not go together.
         UnsupportedError: A matrix is of a type that the target cannot hold.
     """
-    order = Order(output.resolve(), None, overwrite, False, command)
+    order = Order(output.resolve(), None, overwrite, fresh, command)
     order.check()
     manifest = check_files(folder)
     finished = load_recipe(file=folder / RECIPE).recipe
@@ -84,12 +86,7 @@ def reexport(
     recipe = resolved.recipe.model_copy(update={"revision": revision})
     file = model_files(folder, manifest, finished)[0]
     source, texts = prepare(recipe, allow_pickle, progress, lambda s: _adapted(s, file, recipe))
-    if source.description["files"] != manifest["input"]["files"]:
-        raise InputError(
-            f"{source.checkpoint.source} is not the checkpoint that {folder} was made from",
-            why="the SHA-256 of its files differ from the manifest's",
-            fix="give the original with --model",
-        )
+    check_original(source, manifest)
     taken_from = hashlib.sha256((folder / OUTPUT_MARKER).read_bytes()).hexdigest()
     identity = identity_of_run(recipe, source, texts) | {"taken over from": taken_from}
 
@@ -99,8 +96,8 @@ def reexport(
         enter(progress, "quantize")
         return _take_over(rewritten, file, run, progress), None
 
-    resolved = ResolvedRecipe(recipe, resolved.origins)
-    return carry_out(order, identity, resolved, source, texts, matrices, progress)
+    given = ResolvedRecipe(recipe, resolved.origins)
+    return carry_out(order, identity, given, source, texts, matrices, progress)
 
 
 def _resolved(

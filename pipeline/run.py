@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -225,6 +226,20 @@ def plan(
     return found
 
 
+def check_original(source: Source, manifest: Mapping[str, Any]) -> None:
+    """Compare a checkpoint's files with those that a manifest names.
+
+    Raises:
+        InputError: They are others.
+    """
+    if source.description["files"] != manifest["input"]["files"]:
+        raise InputError(
+            f"{source.checkpoint.source} is not the checkpoint that this folder was made from",
+            why="the SHA-256 of its files differ from the manifest's",
+            fix="give the original with --model",
+        )
+
+
 def verify(
     folder: Path, *, model: str | None = None, allow_pickle: bool = False, progress: Progress
 ) -> Report:
@@ -248,12 +263,7 @@ def verify(
     source = open_source(recipe, allow_pickle=allow_pickle)
     if recipe.budgeted:
         source = with_types(source, delivered_types(source, manifest["tensors"]))
-    if source.description["files"] != manifest["input"]["files"]:
-        raise InputError(
-            f"{source.checkpoint.source} is not the checkpoint that this folder was made from",
-            why="the SHA-256 of its files differ from the manifest's",
-            fix="give the original with --model",
-        )
+    check_original(source, manifest)
     enter(progress, "calibrate")
     texts = prepare_texts(recipe, source)
     notes = []

@@ -1,4 +1,7 @@
-"""The reference in float64, for claims that float32 could not tell from rounding."""
+"""The reference in float64, for claims that float32 could not tell from rounding.
+
+Only the tables of the rotary embedding are float32, as transformers makes them.
+"""
 
 from __future__ import annotations
 

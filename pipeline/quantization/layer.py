@@ -128,12 +128,7 @@ def quantize_layer(
             why=f"it stores blocks of {fmt.block_of(width)} and {width} is not a multiple of that",
             fix="choose a type with smaller blocks, or allow replacement with --allow-fallback",
         )
-    if fmt.codebook is not None and options.rounding in ("gptaq", "gpfq"):
-        raise UnsupportedError(
-            f"type {fmt.name} cannot be rounded by {options.rounding}",
-            why="its vectors are chosen as a whole, and that method rounds column by column",
-            fix="use quantization.rounding gptq (with mismatch it is Qronos), or another type",
-        )
+    check_rounding(fmt, options.rounding)
     share = options.mismatch if mismatch is None else mismatch
     target = objective.target(weight, share, options.stream_correction)
     allowed = fmt if options.signed else fmt.positive()
@@ -157,6 +152,20 @@ def quantize_layer(
     energy = ((target @ objective.hessian) * target).sum()
     relative = float(loss.sum() / energy.clamp_min(1e-300))
     return LayerResult(quantized, loss, relative, refined, kept)
+
+
+def check_rounding(fmt: Format, rounding: Rounding) -> None:
+    """Refuse a method that cannot find codes of a format.
+
+    Raises:
+        UnsupportedError: It rounds column by column, and the format stores vectors of a codebook.
+    """
+    if fmt.codebook is not None and rounding in ("gptaq", "gpfq"):
+        raise UnsupportedError(
+            f"type {fmt.name} cannot be rounded by {rounding}",
+            why="its vectors are chosen as a whole, and that method rounds column by column",
+            fix="use quantization.rounding gptq (with mismatch it is Qronos), or another type",
+        )
 
 
 def _solve(

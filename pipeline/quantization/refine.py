@@ -2,7 +2,8 @@
 
 Both steps lower the same quadratic that the solver minimised, ``E(V) = tr((V - T) H (V - T)')``,
 and stop at a point that neither can improve. A step that does not lower a row's loss, for example
-because its refitted scales had to be put on the storage lattice, leaves that row as it was.
+because its refitted scales had to be put on the storage lattice, leaves that row as it was. Integer
+zero points stay what they are.
 """
 
 from __future__ import annotations

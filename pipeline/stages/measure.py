@@ -8,15 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pipeline.architectures.base import HEAD
 from pipeline.calibration.streams import Stream
 from pipeline.quantization.formats import get_format
 from pipeline.quantization.layer import LayerOptions, quantize_layer
 from pipeline.quantization.objective import LayerObjective
 from pipeline.recipe import Recipe
 from pipeline.stages.load import Source
-from pipeline.stages.quantize import layer_options
+from pipeline.stages.quantize import WIDE, layer_options
 from pipeline.stages.stored import FLOAT_TYPES
-from pipeline.stages.walk import choose_device, store_free
+from pipeline.stages.walk import HEAD_ROWS, choose_device, store_free
 from pipeline.transforms.changes import ReadTensor
 from pipeline.transforms.model import Inner, Measure, Measured
 from pipeline.transforms.statistics import InputStatistics
@@ -95,10 +96,17 @@ def judging(recipe: Recipe, source: Source) -> Callable[[str, Tensor, Tensor], f
             return 0.0
         H = hessian.to(device)
         objective = LayerObjective.from_moments(H, damping=damping)
-        weight = weight.float().to(device)
-        result = quantize_layer(weight, objective, get_format(kind), options)
-        error = (weight - result.quantized.dequantize().to(device)).double()
-        return float(((error @ H) * error).sum())
+        total = 0.0
+        for rows in weight.float().split(HEAD_ROWS):
+            part = rows.to(device)
+            if name == HEAD and kind == WIDE:
+                values = store_free(kind, rows).dequantize()
+            else:
+                found = quantize_layer(part, objective, get_format(kind), options)
+                values = found.quantized.dequantize()
+            error = (part - values.to(device)).double()
+            total += float(((error @ H) * error).sum())
+        return total
 
     return judge
 

@@ -15,6 +15,7 @@ from pipeline.checkpoint import MIDDLE, Checkpoint, PackedMatrix
 from pipeline.errors import UnsupportedError, UsageError
 from pipeline.mixes import Matrix, base_type, embedding_type, head_type, mix_type, pure_type
 from pipeline.quantization.formats import get_format
+from pipeline.quantization.layer import check_rounding
 from pipeline.recipe import Recipe, split_tensor_type
 from pipeline.stages.stored import FLOAT_TYPES
 from pipeline.targets import is_integer_type, smaller_group
@@ -89,7 +90,17 @@ def plan_types(checkpoint: Checkpoint, recipe: Recipe) -> TypePlan:
             why=f"their widths do not divide into its blocks; first: {replaced[0]}",
             fix="choose a type with smaller blocks, or add --allow-fallback to accept this",
         )
+    _check_rounding(types, recipe)
     return TypePlan(types, tuple(replaced))
+
+
+def _check_rounding(types: Mapping[str, str], recipe: Recipe) -> None:
+    """Refuse what `quantize_layer` would refuse, before any work."""
+    if recipe.imatrix is not None:
+        return
+    for name, kind in types.items():
+        if name != EMBEDDING and kind not in FLOAT_TYPES:  # an embedding is rounded to nearest
+            check_rounding(get_format(kind), recipe.quantization.rounding)
 
 
 def _tables(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, str]:

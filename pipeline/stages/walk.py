@@ -182,7 +182,8 @@ class Walk:
         ]
         stored = {HEAD: StoredTensor(kind, _joined([r.quantized for r in results]))}
         record = _record(self.n_blocks, "head", results, moments.solving.tokens, objective)
-        record["loss"] /= len(results)
+        energies = [float(r.loss.sum()) / max(r.relative_loss, 1e-300) for r in results]
+        record["loss"] = sum(float(r.loss.sum()) for r in results) / max(sum(energies), 1e-300)
         return SolvedSite(stored, record, _mean_squares(moments))
 
     def _moments(

@@ -40,7 +40,7 @@ def plan_permutation(model: Model, options: Mapping[str, Any]) -> None:
         ValueError: The block does not divide a space's channels.
     """
     wanted = str(options["spaces"]).split("+")
-    spaces = list(model.of_kinds(wanted))
+    spaces = model.asked_for(wanted)
     for space in spaces:
         blockwise = options["by"] in BLOCKWISE and space.kind != "heads"
         if blockwise and space.unit % options["block"]:

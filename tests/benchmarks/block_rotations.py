@@ -31,7 +31,7 @@ from pipeline.stages.load import Source
 from pipeline.stages.transform import transform
 from pipeline.stages.walk import choose_device
 from pipeline.transforms.operators import Rotation, hadamard_rotation
-from tests.benchmarks.transforms import Nowhere, opened, perplexity
+from tests.benchmarks.transforms import Nowhere, opened, options_of, perplexity
 from tests.outliers import inject
 
 ORDERS = ("none", "massdiff", "zigzag")
@@ -120,20 +120,10 @@ def measure(
             if key in done:
                 continue
             begun = time.monotonic()
-            permute = f"permute:by={order},spaces=inner,block={block}"
-            options = {
-                "model": folders[which],
-                "calibration.source": calibration,
-                "calibration.samples": samples,
-                "evaluation.source": evaluation,
-                "evaluation.chunks": chunks,
-                "device": device,
-                "type": "Q8_0",
-                "transforms": (
-                    *(() if order == "none" else (permute,)),
-                    "rotate:allow_untie=true",
-                ),
-            }
+            permute = () if order == "none" else (f"permute:by={order},spaces=inner,block={block}",)
+            place = (folders[which], calibration, evaluation)
+            rewrites = (*permute, "rotate:allow_untie=true")
+            options = options_of(*place, samples, chunks, device, rewrites)
             recipe, source = opened(options, "fast")
             texts = prepare_texts(recipe, source)
             if f"{which} | full precision" not in done:

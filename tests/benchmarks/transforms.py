@@ -132,6 +132,28 @@ def megabytes(source: Source) -> float:
     return bits / 8e6
 
 
+def options_of(
+    model: str,
+    calibration: str | None,
+    evaluation: str | None,
+    samples: int,
+    chunks: int,
+    device: str,
+    transforms: tuple[str, ...],
+) -> dict[str, Any]:
+    """Recipe values of one cell; types are set apart, see `with_types`."""
+    return {
+        "model": model,
+        "calibration.source": calibration,
+        "calibration.samples": samples,
+        "evaluation.source": evaluation,
+        "evaluation.chunks": chunks,
+        "device": device,
+        "type": "Q8_0",
+        "transforms": transforms,
+    }
+
+
 def opened(options: dict[str, Any], preset: str) -> tuple[Any, Source]:
     """Recipe and source."""
     recipe = load_recipe(preset, options={k: v for k, v in options.items() if v is not None}).recipe
@@ -160,16 +182,8 @@ def measure(
             folders["with"] = str(inject(Path(model), Path(scratch) / "outliers"))
         for which in outliers:
             for row in rows:
-                options = {
-                    "model": folders[which],
-                    "calibration.source": calibration,
-                    "calibration.samples": samples,
-                    "evaluation.source": evaluation,
-                    "evaluation.chunks": chunks,
-                    "device": device,
-                    "type": "Q8_0",
-                    "transforms": ROWS[row],
-                }
+                place = (folders[which], calibration, evaluation)
+                options = options_of(*place, samples, chunks, device, ROWS[row])
                 recipe, opened_source = opened(options, preset)
                 texts = prepare_texts(recipe, opened_source)
                 if f"{which} | full precision" not in done:

@@ -11,7 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pipeline.kernels.gpu.common import block_of, lattice_step, least_of, on_device_of, pick
+from pipeline.kernels.gpu.common import (
+    block_of,
+    lattice_step,
+    least_of,
+    matrix_vector,
+    on_device_of,
+    pick,
+)
 
 
 @triton.jit
@@ -34,16 +41,6 @@ def _start(w, columns, inside, anchor, line, top):  # type: ignore[no-untyped-de
     down = (codes == place) & ((speed < 0) | ((speed == 0) & after))
     codes = tl.minimum(tl.maximum(codes - down.to(tl.float64), 0.0), top)
     return tl.where(inside, codes, 0.0), place, speed
-
-
-@triton.jit
-def _product(vector, metric, columns, inside, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``M vector``; `vector` is 0 outside the block."""
-    product = tl.zeros_like(vector)
-    for j in range(WIDTH):
-        line = tl.load(metric + j * WIDTH + columns, mask=inside, other=0.0)
-        product += pick(vector, columns == j) * line
-    return product
 
 
 @triton.jit
@@ -70,7 +67,7 @@ def _walk_line(  # type: ignore[no-untyped-def]
     anchor = tl.load(anchors + line).to(tl.int32)
     anchored, at_anchor = anchor >= 0, columns == anchor
     codes, place, speed = _start(w, columns, inside, anchor, lines + 4 * line, top)
-    gradient = _product(codes, metric, columns, inside, WIDTH)
+    gradient = matrix_vector(metric, codes, columns, inside, WIDTH)
     alpha, beta = tl.sum(codes * b, 0), tl.sum(codes * gradient, 0)
     first = tl.maximum(anchor, 0)
     pull = tl.load(linear + row * WIDTH + first)
@@ -173,7 +170,7 @@ def _walk_offsets(  # type: ignore[no-untyped-def]
     sums = tl.load(column_sums + columns, mask=inside, other=0.0)
     s = tl.load(scales + line)
     codes, place, speed = _start(w, columns, inside, -1, lines + 4 * line, top)
-    gradient = _product(codes, metric, columns, inside, WIDTH)
+    gradient = matrix_vector(metric, codes, columns, inside, WIDTH)
     alpha, beta = tl.sum(codes * b, 0), tl.sum(codes * gradient, 0)
     ones, one_b, total = tl.sum(codes * sums, 0), tl.sum(b, 0), tl.load(metric_sum)
     lowest, largest = tl.full((), LOWEST, tl.float64), tl.full((), LARGEST, tl.float64)

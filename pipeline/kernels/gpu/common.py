@@ -41,6 +41,16 @@ def pick(values, chosen):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def matrix_vector(matrix, vector, columns, inside, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Symmetric matrix times a vector that is 0 outside, line by line from the cache."""
+    product = tl.zeros_like(vector)
+    for j in range(WIDTH):
+        line = tl.load(matrix + j * WIDTH + columns, mask=inside, other=0.0)
+        product += pick(vector, columns == j) * line
+    return product
+
+
+@triton.jit
 def largest_of(values, places):  # type: ignore[no-untyped-def]
     """Largest of a vector of doubles, none negative, and the lowest place where it stands.
 

@@ -13,21 +13,12 @@ from torch import Tensor
 from pipeline.kernels.gpu.common import (
     block_of,
     load_midpoints,
+    matrix_vector,
     nearest,
     on_device_of,
     pick,
 )
 from pipeline.kernels.twin.descent import LEAST_GAIN
-
-
-@triton.jit
-def _product(vector, metric, columns, inside, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``M vector``; `vector` is 0 outside the group."""
-    product = tl.zeros_like(vector)
-    for j in range(WIDTH):
-        line = tl.load(metric + j * WIDTH + columns, mask=inside, other=0.0)
-        product += pick(vector, columns == j) * line
-    return product
 
 
 @triton.jit
@@ -40,7 +31,7 @@ def _values(index, d, dmin, sc, mn, levels, inside):  # type: ignore[no-untyped-
 @triton.jit
 def _energy(index, d, dmin, sc, mn, levels, linear, metric, columns, inside, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
     v = _values(index, d, dmin, sc, mn, levels, inside)
-    return tl.sum(v * (_product(v, metric, columns, inside, WIDTH) - 2 * linear), 0)
+    return tl.sum(v * (matrix_vector(metric, v, columns, inside, WIDTH) - 2 * linear), 0)
 
 
 @triton.jit
@@ -64,7 +55,7 @@ def _descended(  # type: ignore[no-untyped-def]
     scale = d * sc.to(tl.float64)
     safe = tl.where(scale == 0, 1.0, scale)
     v = _values(index, d, dmin, sc, mn, levels, inside)
-    gradient = linear - _product(v, metric, columns, inside, WIDTH)
+    gradient = linear - matrix_vector(metric, v, columns, inside, WIDTH)
     for i in range(WIDTH):
         here = columns == i
         old = tl.load(levels + tl.sum(tl.where(here, index, 0), 0))
@@ -106,8 +97,8 @@ def _best_pair(  # type: ignore[no-untyped-def]
 ):
     """The best of all pairs for fixed codes."""
     q = tl.load(levels + index, mask=inside, other=0.0)
-    product = _product(q, metric, columns, inside, WIDTH)
-    row_sums = _product(tl.where(inside, 1.0, q), metric, columns, inside, WIDTH)
+    product = matrix_vector(metric, q, columns, inside, WIDTH)
+    row_sums = matrix_vector(metric, tl.where(inside, 1.0, q), columns, inside, WIDTH)
     qq, q1, total = tl.sum(q * product, 0), tl.sum(product, 0), tl.sum(row_sums, 0)
     qc, one_c = tl.sum(q * linear, 0), tl.sum(linear, 0)
     k = tl.arange(0, PAIRS)

@@ -1,4 +1,4 @@
-"""Corrected biases: the means that they promise, what they win, and the files that hold them."""
+"""Corrected biases: the means that they promise, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -163,10 +163,6 @@ def test_the_file_holds_them_and_every_gate_is_green(
     with open_gguf(path) as file:
         biases = [name for name in file.tensors if name.endswith(".bias")]
     assert len(biases) == 14
-    plain = deploy(
-        trained_checkpoint("llama"), tmp_path / "plain", options | dict.fromkeys(ON, False)
-    )
-    print(plain.qualities[0].kld_mean, report.qualities[0].kld_mean)  # noqa: T201
     store = RunDirectory.store
 
     def dying(self: RunDirectory, name: str, *args: Any) -> None:

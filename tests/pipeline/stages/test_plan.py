@@ -54,6 +54,17 @@ def test_a_pure_file_has_one_type(wide: Path, tied: Path) -> None:
     assert set(plan(wide, type="IQ2_M", pure=True).types.values()) == {"IQ2_S"}
 
 
+@pytest.mark.parametrize("rounding", ["gptaq", "gpfq"])
+def test_methods_that_cannot_choose_vectors_are_refused_before_any_work(
+    rounding: str, wide: Path
+) -> None:
+    method = {"quantization.rounding": rounding}
+    with pytest.raises(UnsupportedError, match=f"cannot be rounded by {rounding}"):
+        plan(wide, type="IQ3_S", **method)
+    tables = {"token_embedding_type": "IQ3_S"}  # rounded to nearest, without data
+    assert plan(wide, type="Q4_0", **tables, **method).types[EMBEDDING] == "IQ3_S"
+
+
 def test_explicit_tables_win(wide: Path, tied: Path) -> None:
     tables = {"token_embedding_type": "Q8_0", "output_tensor_type": "F16"}
     types = plan(wide, type="Q2_K", pure=True, **tables).types

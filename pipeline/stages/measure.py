@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,12 +14,14 @@ from pipeline.quantization.formats import get_format
 from pipeline.quantization.layer import LayerOptions, quantize_layer
 from pipeline.quantization.objective import LayerObjective
 from pipeline.recipe import Recipe
+from pipeline.architectures.spaces import Space
 from pipeline.stages.load import Source
+from pipeline.stages.network_loss import QuantizedNetwork
 from pipeline.stages.quantize import WIDE, layer_options
 from pipeline.stages.stored import FLOAT_TYPES
 from pipeline.stages.walk import HEAD_ROWS, choose_device, store_free
 from pipeline.transforms.changes import ReadTensor
-from pipeline.transforms.model import Inner, Measure, Measured
+from pipeline.transforms.model import Build, Inner, Measure, Measured
 from pipeline.transforms.statistics import InputStatistics
 from runtimes.torch_reference import DecoderBlock, TorchReference
 
@@ -123,3 +125,26 @@ def rounding(source: Source) -> Callable[[str, Tensor], Tensor]:
         return store_free(source.plan.types[name], weight.float()).dequantize().double()
 
     return rounded
+
+
+def building(recipe: Recipe, source: Source, windows: Tensor) -> Build:
+    """The loss of the whole quantized network on the calibration text.
+
+    Args:
+        recipe: Batch and device.
+        source: The checkpoint and the type of each matrix.
+        windows: Tokens, int64 [samples, length].
+    """
+
+    def build(read: ReadTensor, inner: Inner, spaces: Sequence[Space]) -> QuantizedNetwork:
+        return QuantizedNetwork(
+            source,
+            read,
+            inner,
+            spaces,
+            windows,
+            batch=recipe.calibration.batch,
+            device=choose_device(recipe.device),
+        )
+
+    return build

@@ -30,6 +30,7 @@ from pipeline.stages.load import Source
 from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
 from pipeline.transforms.changes import Change, ReadTensor
 from pipeline.transforms.operators import BlockRotation
+from runtimes.exact_reference import ExactReference
 from runtimes.torch_reference import TorchReference
 
 WIDE_LEVELS = 64
@@ -269,7 +270,8 @@ class QuantizedNetwork:
     def _network(
         self, source: Source, weights: Mapping[str, Tensor], inner: Any
     ) -> TorchReference:
-        return TorchReference(
+        kind = ExactReference if self._dtype is torch.float64 else TorchReference
+        return kind(
             source.config,
             weights.__getitem__,
             head=self._head,

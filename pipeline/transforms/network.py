@@ -11,7 +11,7 @@ a rotation, and that needs no transport from one A to the next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -152,7 +152,7 @@ def learn(
     return Learned(best, first, least, found, len(judges))
 
 
-def _batches(train: list[int], size: int, generator: torch.Generator):  # type: ignore[no-untyped-def]
+def _batches(train: list[int], size: int, generator: torch.Generator) -> Iterator[list[int]]:
     """Windows of each step: every window once, in random order, before any comes again."""
     waiting: list[int] = []
     while True:

@@ -22,7 +22,7 @@ from pipeline.quantization.scales.base import BlockProblem, BlockScales
 STARTS = (1.0, 0.75, 0.55)
 """Shares of the range that it starts from: wide formats want all of it, narrow ones less."""
 
-ROUNDS = 4
+ROUNDS = 2
 """Turns from each start; codes hardly change after them."""
 
 

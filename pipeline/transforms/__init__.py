@@ -83,7 +83,7 @@ TRANSFORMS: dict[str, Kind] = {
             "rate": Option(0.2, "Length of the first step of learning.", least=1e-6, most=100.0),
             "blocks": Option(4, "Decoder blocks of objective layers, evenly spread.", least=1),
             "batch": Option(4, "Windows a step of objective network.", least=1),
-            "momentum": Option(0.9, "Share of the last step, objective network.", most=0.999),
+            "momentum": Option(0.0, "Share of the last step, objective network.", most=0.999),
         },
         measures={"matrix": ("learned",)},
     ),

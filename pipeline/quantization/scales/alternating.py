@@ -73,14 +73,20 @@ def _values(weights: Tensor, scale: Tensor, offset: Tensor, fmt: Format) -> tupl
 
 
 def _fitted(weights: Tensor, scale: Tensor, offset: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """The least-squares scale (and offset) for the nearest codes; the old one where none is."""
+    """The least-squares scale (and offset) for the nearest codes; the old ones where none is.
+
+    A zero point stays what it is, in codes.
+    """
     c, _ = _values(weights, scale, offset, fmt)
-    w = weights
-    if fmt.affine and not fmt.zero_points:
-        c, w = c - c.mean(1, keepdim=True), w - w.mean(1, keepdim=True)
+    w, zero = weights, torch.zeros_like(offset)
+    if fmt.zero_points:
+        zero = torch.where(scale == 0, 0.0, offset / torch.where(scale == 0, 1.0, scale))
+        c = c + zero[:, None]
+    elif fmt.affine:
+        w = w - w.mean(1, keepdim=True)
+        c, middle = c - c.mean(1, keepdim=True), c.mean(1)
     energy = c.square().sum(1)
     fitted = torch.where(energy > 0, (w * c).sum(1) / energy.clamp_min(1e-300), scale)
-    if not fmt.affine or fmt.zero_points:
-        return fitted, offset
-    means = weights.mean(1) - fitted * _values(weights, scale, offset, fmt)[0].mean(1)
-    return fitted, torch.where(energy > 0, means, offset)
+    if fmt.affine and not fmt.zero_points:
+        return fitted, torch.where(energy > 0, weights.mean(1) - fitted * middle, offset)
+    return fitted, fitted * zero

@@ -453,22 +453,20 @@ def learned_from_the_network(text: str, **options: Any) -> tuple[Source, float, 
     return source, float(found[1]), float(found[2])
 
 
-TEXT = {"calibration.source": "stdlib", "calibration.samples": 16, "calibration.seqlen": 64}
+TEXT = {
+    "allow_fallback": True,
+    "calibration.source": "stdlib",
+    "calibration.samples": 16,
+    "calibration.seqlen": 64,
+}
 
 
-@pytest.mark.parametrize(
-    ("text", "kinds"),
-    [(NETWORK, {"residual", "values"}), (f"{NETWORK},spaces=values", {"values"})],
-    ids=("both", "values"),
-)
-def test_rotations_learned_from_the_network_are_exact_and_say_what_they_won(
-    text: str, kinds: set[str]
-) -> None:
-    source, first, least = learned_from_the_network(text, type="Q2_0", **TEXT)
+def test_rotations_learned_from_the_network_are_exact_and_say_what_they_won() -> None:
+    source, first, least = learned_from_the_network(NETWORK, type="Q2_0", **TEXT)
     assert [gate.status for gate in source.exactness] == ["green", "green"]
-    assert least < (0.8 if "residual" in kinds else 1.0) * first
+    assert least < 0.8 * first
     rotated = [c for c in source.changes if c.operator.does == "rotation"]
-    assert {c.space.kind for c in rotated} == kinds
+    assert [c.space.kind for c in rotated] == ["residual", "values", "values"]
     for change in rotated:
         assert isinstance(change.operator, BlockRotation)
         A = change.operator.matrices

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from pipeline.architectures.base import HEAD
+from pipeline.architectures.spaces import Space
 from pipeline.calibration.streams import Stream
 from pipeline.quantization.formats import get_format
 from pipeline.quantization.layer import LayerOptions, quantize_layer
 from pipeline.quantization.objective import LayerObjective
 from pipeline.recipe import Recipe
-from pipeline.architectures.spaces import Space
 from pipeline.stages.load import Source
 from pipeline.stages.network_loss import QuantizedNetwork
 from pipeline.stages.quantize import WIDE, layer_options

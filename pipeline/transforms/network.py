@@ -34,6 +34,11 @@ class NetworkLoss(Protocol):
     """The loss of a network with rotated and quantized weights."""
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    @property
     def windows(self) -> int:
         """How many windows of text there are."""
         ...

@@ -99,10 +99,10 @@ def _learn_from_network(
         model.tell(number, count, figures)
 
     groups = [0 if space.kind == "residual" else 1 for space in spaces]
-    matrices = [_stack(space, operator) for space, operator in starts]
+    matrices = [_stack(space, operator).to(network.device) for space, operator in starts]
     found = learn(matrices, groups, network, how, tell)
     for space, learned in zip(spaces, found.matrices, strict=True):
-        model.change(space, BlockRotation(learned.contiguous()))
+        model.change(space, BlockRotation(learned.cpu().contiguous()))
     names = " and ".join(dict.fromkeys(space.kind for space in spaces))
     model.notes.append(
         f"rotations of {names} learned from the network: KL divergence of {found.held_out} "

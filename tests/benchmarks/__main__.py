@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,15 @@ def main() -> None:
         print(_module("table").render(wanted.out))
 
 
+def _setting(text: str) -> tuple[str, Any]:
+    """Key and value; numbers and true are JSON, anything else is a text."""
+    key, _, value = text.partition("=")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
 def _module(name: str) -> Any:
     """A benchmark; each needs packages that the others do not."""
     return import_module(f"tests.benchmarks.{name}")
@@ -158,7 +168,7 @@ def _measure_transforms(wanted: argparse.Namespace) -> None:
         preset=wanted.preset,
         types=wanted.types,
         rows=wanted.rows,
-        settings=dict(text.split("=", 1) for text in wanted.set),
+        settings=dict(_setting(text) for text in wanted.set),
     )
 
 

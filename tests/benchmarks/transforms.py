@@ -192,7 +192,7 @@ def measure(
     types: Sequence[str],
     rows: Sequence[str],
     outliers: Sequence[str],
-    settings: dict[str, str],
+    settings: dict[str, Any],
 ) -> None:
     """Fill the table; figures that `out` already holds are kept, so that a run can be continued.
 

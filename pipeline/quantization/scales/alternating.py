@@ -68,7 +68,10 @@ def _values(weights: Tensor, scale: Tensor, offset: Tensor, fmt: Format) -> tupl
     s, m = scale[:, None], offset[:, None]
     grid = fmt.grid.to(weights)
     ratio = torch.where(s == 0, 0.0, (weights - m) / torch.where(s == 0, 1.0, s))
-    levels = grid[nearest_index(ratio, grid)]
+    if fmt.levels == tuple(fmt.levels[0] + n for n in range(len(fmt.levels))):
+        levels = (ratio + 0.5).floor().clamp(fmt.levels[0], fmt.levels[-1])  # much faster
+    else:
+        levels = grid[nearest_index(ratio, grid)]
     return levels, levels * s + m
 
 

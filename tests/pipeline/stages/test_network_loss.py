@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from pipeline.stages import network_loss as stage
 from pipeline.stages.load import Source, open_source
 from pipeline.stages.network_loss import QuantizedNetwork, quick_rounding
 from pipeline.stages.transform import _spaces
-from pipeline.transforms.changes import Change
 from pipeline.transforms.folding import plan_fold
 from pipeline.transforms.model import Model
 from pipeline.transforms.operators import BlockRotation, random_orthogonal
@@ -133,9 +133,7 @@ def test_without_rounding_no_rotation_is_better_than_another(folders: dict[str, 
     """The loss is 0; and where another text is wanted, the gradient has no part that rotates."""
     source, model = model_of(folders["qwen2"])
     spaces, matrices = spaces_and_rotations(model, ("residual", "values"))
-    found = network(
-        source, model, spaces, rounded=lambda name, weight: weight, dtype=torch.float64
-    )
+    found = network(source, model, spaces, rounded=lambda name, weight: weight, dtype=torch.float64)
     assert found.loss(matrices, range(5)) == pytest.approx(0, abs=1e-12)
     found._wanted = found._wanted.roll(1, 1)
     loss, gradients = found.gradients(matrices, [0, 1])
@@ -201,7 +199,7 @@ def test_a_turn_never_raises_the_error(kind: str) -> None:
         for _ in range(5):
             s, m = alternating._fitted(W, s, m, fmt)
             errors.append(error(s, m))
-        for before, after in zip(errors, errors[1:], strict=False):
+        for before, after in pairwise(errors):
             assert (after <= before * (1 + 1e-12)).all()
         assert errors[-1].sum() < errors[0].sum()
 

@@ -30,6 +30,8 @@ class Distance:
         flipped: Whether the windows that judge want to go the other way.
     """
 
+    device = torch.device("cpu")
+
     def __init__(
         self, wanted: Sequence[Tensor], noise: float, windows: int = 16, *, flipped: bool = False
     ) -> None:
@@ -89,9 +91,7 @@ def test_matrices_stay_orthogonal(rate: float) -> None:
     seen: list[Tensor] = []
     gradients = network.gradients
 
-    def watched(
-        matrices: Sequence[Tensor], which: Sequence[int]
-    ) -> tuple[float, list[Tensor]]:
+    def watched(matrices: Sequence[Tensor], which: Sequence[int]) -> tuple[float, list[Tensor]]:
         seen.extend(matrices)
         return gradients(matrices, which)
 
@@ -148,7 +148,7 @@ def test_the_first_step_turns_the_fastest_plane_of_a_group_by_the_rate() -> None
     plane[0, 1], plane[1, 0] = 1, -1
 
     class Pull:
-        windows = 4
+        windows, device = 4, torch.device("cpu")
 
         def loss(self, matrices: Sequence[Tensor], which: Sequence[int]) -> float:
             return -sum(float(m[0, 0, 1]) for m in matrices)

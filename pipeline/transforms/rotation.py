@@ -75,8 +75,9 @@ def check_learning(options: Mapping[str, Any], wanted: Sequence[str]) -> None:
         for name in names:
             if options[name] != defaults[name] and not (learned and objective == owner):
                 raise ValueError(f"{name} needs matrix=learned and objective={owner}")
-    if objective != defaults["objective"] and not learned:
-        raise ValueError(f"objective={objective} needs matrix=learned")
+    for name in ("objective", "steps", "rate"):
+        if options[name] != defaults[name] and not learned:
+            raise ValueError(f"{name}={options[name]} needs matrix=learned")
     if learned and options["block"]:
         raise ValueError("a learned rotation is one of the whole residual stream")
     if learned and objective == "layers" and "residual" not in wanted:

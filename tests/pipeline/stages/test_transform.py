@@ -416,6 +416,8 @@ def test_a_learned_rotation_is_exact_and_says_what_it_won(tmp_path: Path) -> Non
         ("objective=network", "objective=network needs matrix=learned"),
         ("matrix=orthogonal,batch=2", "batch needs matrix=learned"),
         ("blocks=2", "blocks needs matrix=learned"),
+        ("steps=2", "steps=2 needs matrix=learned"),
+        ("rate=0.5", "rate=0.5 needs matrix=learned"),
     ],
 )
 def test_what_cannot_be_learned_is_refused(options: str, part: str) -> None:

@@ -220,3 +220,11 @@ def test_a_gpu_that_is_too_small_is_refused(
         stage.check_memory(source, 100, 4, gpu)
     assert "objective=layers" in str(caught.value)
     stage.check_memory(source, 100, 4, CPU)
+
+
+def test_wide_and_float_types_are_rounded_as_a_deploy_does() -> None:
+    W = torch.randn(6, 64, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(quick_rounding({"w": "F16"})("w", W), W.half().float())
+    assert torch.equal(quick_rounding({"w": "F32"})("w", W), W)
+    wide = quantize_free(W, get_format("Q8_0"), "absmax").dequantize()
+    assert torch.equal(quick_rounding({"w": "Q8_0"})("w", W), wide)

@@ -113,16 +113,19 @@ def judging(recipe: Recipe, source: Source) -> Callable[[str, Tensor, Tensor], f
     return judge
 
 
-def rounding(source: Source) -> Callable[[str, Tensor], Tensor]:
+def rounding(recipe: Recipe, source: Source) -> Callable[[str, Tensor], Tensor]:
     """Each matrix to the nearest values of its type, with scales that are best without data.
 
     Args:
+        recipe: Says where.
         source: Says the type of each matrix.
     """
+    device = choose_device(recipe.device)
 
     @torch.inference_mode()
     def rounded(name: str, weight: Tensor) -> Tensor:
-        return store_free(source.plan.types[name], weight.float()).dequantize().double()
+        stored = store_free(source.plan.types[name], weight.float().to(device))
+        return stored.dequantize().to(weight)
 
     return rounded
 

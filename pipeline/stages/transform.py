@@ -168,7 +168,7 @@ def _planned(
         source.exact,
         measure=measuring(recipe, source, windows),
         judge=judging(recipe, source),
-        quantize=rounding(source),
+        quantize=rounding(recipe, source),
         build=building(recipe, source, windows),
         tell=tell,
     )

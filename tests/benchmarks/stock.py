@@ -24,8 +24,8 @@ from pipeline.stages.export import export_twin
 from pipeline.stages.load import open_source
 from runtimes.llamacpp import quantize
 
-PURE = {"IQ2_S": "IQ2_M"}
-"""Mixes that are mostly made of a type, where the mix of that name is not."""
+PURE = {"IQ2_S": "IQ2_M", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}
+"""Mixes that are made of a type, where llama-quantize has none of that name, or another."""
 
 HEAD = "| type | MB | full precision | stock | ours | share | KLD stock | KLD ours |"
 

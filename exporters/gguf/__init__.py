@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from exporters.gguf.metadata import hyperparameters, rope_factors
     from exporters.gguf.names import gguf_name, permute_rope, rope_heads
     from exporters.gguf.packing import pack
+    from exporters.gguf.tensor_scales import SCALED_TYPES, scale_name, why_unscaled
     from exporters.gguf.tokenizer import read_vocabulary
     from exporters.gguf.types import file_type, ggml_type, row_bytes
     from exporters.gguf.unpacking import unpack
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "SCALED_TYPES",
     "TensorEntry",
     "TokenType",
     "Vocabulary",
@@ -41,7 +43,9 @@ __all__ = [
     "rope_factors",
     "rope_heads",
     "row_bytes",
+    "scale_name",
     "unpack",
+    "why_unscaled",
     "write_gguf",
 ]
 
@@ -49,6 +53,7 @@ _HOMES = {
     "metadata": ("hyperparameters", "rope_factors"),
     "names": ("gguf_name", "permute_rope", "rope_heads"),
     "packing": ("pack",),
+    "tensor_scales": ("SCALED_TYPES", "scale_name", "why_unscaled"),
     "tokenizer": ("read_vocabulary",),
     "types": ("file_type", "ggml_type", "row_bytes"),
     "unpacking": ("unpack",),

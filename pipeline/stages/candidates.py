@@ -17,6 +17,7 @@ from pipeline.errors import ResourceError
 from pipeline.quantization.formats import get_format
 from pipeline.quantization.layer import LayerOptions, quantize_free, quantize_layer
 from pipeline.quantization.objective import LayerObjective
+from pipeline.quantization.tensor_scale import format_for
 from pipeline.recipe import Recipe, split_tensor_type
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.quantize import layer_options, part_of
@@ -114,7 +115,8 @@ def solve_site(
         if kind in FLOAT_TYPES:
             yield from (Candidate(n, StoredTensor.floating(kind, weights[n].cpu())) for n in names)
             continue
-        stacked, fmt = torch.cat([weights[name] for name in names]), get_format(kind)
+        stacked = torch.cat([weights[name] for name in names])
+        fmt = format_for(kind, stacked)
         solved = quantize_layer(stacked, objective, fmt, OPTIONS)
         rows = torch.arange(0, len(stacked), max(1, len(stacked) // PROBED_ROWS))
         probe = quantize_layer(stacked[rows], objective, fmt, options)
@@ -134,7 +136,7 @@ def solve_table(name: str, kind: str, weight: Tensor) -> Candidate:
     """
     if kind in FLOAT_TYPES:
         return Candidate(name, StoredTensor.floating(kind, weight))
-    quick = quantize_free(weight, get_format(kind), "absmax")
+    quick = quantize_free(weight, format_for(kind, weight), "absmax")
     rows = torch.arange(0, len(weight), max(1, len(weight) // PROBED_ROWS))
     probe = store_free(kind, weight[rows]).dequantize() - weight[rows]
     errors = quick.dequantize()[rows] - weight[rows]

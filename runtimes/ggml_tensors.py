@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from exporters.gguf.names import scale_name, why_unscaled
 from exporters.gguf.reader import GGUFFile, TensorInfo, quoted
-from exporters.gguf.tensor_scales import scale_name, why_unscaled
 from pipeline.errors import InputError, UnsupportedError
 from runtimes.ggml_activations import quantized_matmul
 from runtimes.ggml_hparams import Hyperparameters

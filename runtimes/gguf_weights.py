@@ -10,9 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporters.gguf.names import gguf_name, permute_rope, rope_heads
+from exporters.gguf.names import gguf_name, permute_rope, rope_heads, scale_name
 from exporters.gguf.reader import open_gguf
-from exporters.gguf.tensor_scales import scale_name
 from runtimes.ggml_activations import quantized_matmul
 from runtimes.ggml_types import dequantize, offsets
 

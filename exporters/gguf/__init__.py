@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exporters.gguf.metadata import hyperparameters, rope_factors
-    from exporters.gguf.names import gguf_name, permute_rope, rope_heads
+    from exporters.gguf.names import (
+        SCALED_TYPES,
+        gguf_name,
+        permute_rope,
+        rope_heads,
+        scale_name,
+        why_unscaled,
+    )
     from exporters.gguf.packing import pack
-    from exporters.gguf.tensor_scales import SCALED_TYPES, scale_name, why_unscaled
     from exporters.gguf.tokenizer import read_vocabulary
     from exporters.gguf.types import file_type, ggml_type, row_bytes
     from exporters.gguf.unpacking import unpack
@@ -51,9 +57,10 @@ __all__ = [
 
 _HOMES = {
     "metadata": ("hyperparameters", "rope_factors"),
-    "names": ("gguf_name", "permute_rope", "rope_heads"),
+    "names": (
+        *("SCALED_TYPES", "gguf_name", "permute_rope", "rope_heads", "scale_name", "why_unscaled"),
+    ),
     "packing": ("pack",),
-    "tensor_scales": ("SCALED_TYPES", "scale_name", "why_unscaled"),
     "tokenizer": ("read_vocabulary",),
     "types": ("file_type", "ggml_type", "row_bytes"),
     "unpacking": ("unpack",),

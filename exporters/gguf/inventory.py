@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from exporters.gguf.fields import Config, integer
+from exporters.gguf.names import scale_name, why_unscaled
 from exporters.gguf.rope import rope_factors
-from exporters.gguf.tensor_scales import scale_name, why_unscaled
 from pipeline.errors import InputError, UnsupportedError
 
 _LINEARS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")

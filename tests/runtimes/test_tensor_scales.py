@@ -16,7 +16,7 @@ from tiny_gguf import random_model, write
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from exporters.gguf.tensor_scales import why_unscaled
+from exporters.gguf.names import why_unscaled
 from pipeline.errors import InputError, UnsupportedError, VerificationError
 from runtimes import llamacpp
 from runtimes.ggml_emulator import GGMLEmulator

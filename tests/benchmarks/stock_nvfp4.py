@@ -1,10 +1,8 @@
-"""NVFP4 files with ggml's own quantizer, for want of llama-quantize's: it does not write the type.
-
-The quantizer is that of the `gguf` package, whose bytes are those of the C library.
-"""
+"""NVFP4 files with ggml's own quantizer, `ggml_quantize_chunk`: llama-quantize refuses the type."""
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import gguf
@@ -16,6 +14,19 @@ from pipeline.quantization.tensor_scale import format_for
 
 TABLES = ("token_embd.weight", "output.weight")
 TABLE_TYPE = gguf.GGMLQuantizationType.Q8_0
+
+
+def quantized(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """float32 [rows, width] as ggml quantizes it, uint8 [rows, row bytes]."""
+    from llama_cpp import ctypes_function
+
+    pointer, long = ctypes.c_void_p, ctypes.c_int64
+    arguments = [ctypes.c_int, pointer, pointer, long, long, long, pointer]
+    quantize = ctypes_function("ggml_quantize_chunk", arguments, ctypes.c_size_t)(None)
+    values = np.ascontiguousarray(values, np.float32)
+    rows = np.empty(gguf.quant_shape_to_byte_shape(values.shape, kind), np.uint8)
+    quantize(kind, values.ctypes.data, rows.ctypes.data, 0, *values.shape, None)
+    return rows
 
 
 def write_nvfp4(source: Path, target: Path, *, scaled: bool) -> None:
@@ -42,7 +53,7 @@ def write_nvfp4(source: Path, target: Path, *, scaled: bool) -> None:
             kind = gguf.GGMLQuantizationType.NVFP4
             if scaled:
                 scale = format_for("NVFP4", torch.from_numpy(values)).tensor_scale or 1.0
-        rows = gguf.quants.quantize(values / np.float32(scale), kind)
+        rows = quantized(values / np.float32(scale), kind)
         writer.add_tensor(tensor.name, rows, raw_dtype=kind)
         if scale != 1.0:
             writer.add_tensor(scale_name(tensor.name), np.array([scale], np.float32))

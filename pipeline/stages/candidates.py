@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 WIDE = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 """For rows that are whole blocks of 256: from 2.625 to 8.5 bits, no two of one size.
 
-Left out: Q4_0 and IQ4_NL, which are as large as Q4_K and worse; Q4_1, Q5_0, Q5_1 and MXFP4,
+Left out: Q4_0, IQ4_NL and NVFP4, which are as large as Q4_K and worse; Q4_1, Q5_0, Q5_1 and MXFP4,
 likewise beaten by the type of their size or a smaller one; Q2_0, TQ1_0 and TQ2_0, which stock
 llama.cpp computes slowly or only means for models that were trained in them."""
 

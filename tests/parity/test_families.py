@@ -17,6 +17,8 @@ LEVELS = {"bytes", "tokens", "twin", "kernels", "deployed", "quality"}
 
 def climb(family: str, kind: str, output: Path) -> None:
     options: dict[str, Any] = {"type": kind}
+    if kind == "NVFP4":
+        options["output_tensor_type"] = kind
     if (family, kind) == ("qwen2", "NVFP4"):  # whose graph has no scales for FFN tensors
         options["tensor_types"] = ("ffn=Q4_0",)
     report = deploy(trained_checkpoint(family), output, options)

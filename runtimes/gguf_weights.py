@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from exporters.gguf.names import gguf_name, permute_rope, rope_heads, scale_name
 from exporters.gguf.reader import open_gguf
+from pipeline.errors import InputError
 from runtimes.ggml_activations import quantized_matmul
 from runtimes.ggml_types import dequantize, offsets
 
@@ -41,9 +42,18 @@ class GGUFWeights:
         return self._file.raw(name)
 
     def tensor_scale(self, name: str) -> float:
-        """What multiplies all weights of a tensor, by GGUF name; 1 if the file does not say."""
+        """What multiplies all weights of a tensor, by GGUF name; 1 if the file does not say.
+
+        Raises:
+            InputError: The file says more than one number.
+        """
         scale = scale_name(name)
-        return float(self.decode(scale)) if scale in self._file.tensors else 1.0
+        if scale not in self._file.tensors:
+            return 1.0
+        found = self.decode(scale)
+        if found.shape != (1,):
+            raise InputError(f"tensor {scale} is {list(found.shape)}, expected [1]")
+        return float(found)
 
     def decode(self, name: str) -> Tensor:
         """A tensor as stored, by GGUF name, float32 in its own shape; with its tensor scale."""

@@ -20,6 +20,7 @@ from exporters.gguf.names import why_unscaled
 from pipeline.errors import InputError, UnsupportedError, VerificationError
 from runtimes import llamacpp
 from runtimes.ggml_emulator import GGMLEmulator
+from runtimes.gguf_weights import GGUFWeights
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128}
 LINEARS = {
@@ -137,8 +138,27 @@ def test_llamacpp_knows_none_for_the_embedding(tied: bool, tmp_path: Path) -> No
             GGMLEmulator(path)
 
 
+def test_weights_are_read_with_it(tmp_path: Path) -> None:
+    model, name = random_model("llama", **SIZES), "blk.0.attn_q"
+    read = []
+    for path in pair(tmp_path, model, name):
+        weights = GGUFWeights(path, {"model_type": "llama", "num_attention_heads": 4})
+        read.append((weights.tensor_scale(f"{name}.weight"), weights.decode(f"{name}.weight")))
+        assert torch.equal(weights.read("model.norm.weight"), model.model.norm.weight)
+        weights.close()
+    (_, plain), (one, twice), (two, scaled) = read
+    assert (one, two) == (1, 2)
+    assert torch.equal(2 * plain, twice)
+    assert torch.equal(scaled, twice)
+
+
 def test_a_scale_of_another_shape_is_refused(tmp_path: Path) -> None:
     model = random_model("llama", **SIZES)
     scale = {"blk.0.attn_q.scale": np.ones(2, np.float32)}
+    path = write(tmp_path / "model.gguf", model, tensors=scale)
     with pytest.raises(InputError, match=r"is \[2\], expected \[1\]"):
-        GGMLEmulator(write(tmp_path / "model.gguf", model, tensors=scale))
+        GGMLEmulator(path)
+    weights = GGUFWeights(path, {"model_type": "llama"})
+    with pytest.raises(InputError, match=r"is \[2\], expected \[1\]"):
+        weights.decode("blk.0.attn_q.weight")
+    weights.close()

@@ -21,6 +21,7 @@ from pipeline.progress import open_progress
 from pipeline.quantization.layer import LayerOptions, quantize_free
 from pipeline.quantization.tensor_scale import fit_tensor_scale, format_for
 from pipeline.recipe_files import load_recipe
+from pipeline.reexport import reexport
 from pipeline.stages.export import file_sizes
 from pipeline.stages.file_gates import bytes_gates
 from pipeline.stages.load import Source, open_source
@@ -200,6 +201,18 @@ def test_a_scale_that_was_changed_turns_the_bytes_red(
         assert {gate.status for gate in gates} == statuses
         details = {gate.detail for gate in gates}
         assert statuses == {"green"} or details == {f"differs: {name.replace('scale', 'weight')}"}
+
+
+def test_a_finished_quantization_is_taken_over_with_its_scales(
+    delivered: Path, tmp_path: Path
+) -> None:
+    with open_progress("quiet") as progress:
+        report = reexport(delivered, "gguf", output=tmp_path / "out", progress=progress)
+    assert report.exit_code == 0
+    first, second = (next(folder.glob("*.gguf")) for folder in (delivered, tmp_path / "out"))
+    with open_gguf(first) as one, open_gguf(second) as two:
+        assert list(one.tensors) == list(two.tensors)
+        assert all(np.array_equal(one.raw(name), two.raw(name)) for name in one.tensors)
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ def _check_tensor_scales(types: Mapping[str, str], checkpoint: Checkpoint) -> No
         biased = f"{name.removesuffix('weight')}bias" in checkpoint.shapes
         reason = why_unscaled(checkpoint.config, gguf_name(name), biased=biased)
         if reason is not None:
-            other = "--token-embedding-type Q8_0" if name == EMBEDDING else "--tensor-type ffn=Q4_K"
+            other = "--token-embedding-type Q8_0" if name == EMBEDDING else "--tensor-type ffn=Q4_0"
             raise UnsupportedError(
                 f"{gguf_name(name)} cannot be {kind}",
                 why=f"{reason}; {kind} needs a scale of the whole tensor",

@@ -154,7 +154,7 @@ class Tuning(Frozen):
 
     steps: int = Field(default=0, ge=0, description="Steps of the optimizer; 0 leaves them.")
     batch: int = Field(default=4, ge=1, description="Windows of calibration.seqlen in a step.")
-    rate: float = Field(default=2e-3, gt=0, description="Largest step of a gain, relative.")
+    rate: float = Field(default=3e-3, gt=0, description="Largest step of a gain, relative.")
 
 
 class Evaluation(Frozen):

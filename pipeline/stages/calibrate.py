@@ -14,6 +14,7 @@ from pipeline.calibration.batches import (
     sample_windows,
     tokenize,
 )
+from pipeline.calibration.streams import held_out_batches
 from pipeline.calibration.text import TextSource, load_texts
 from pipeline.recipe import Recipe
 from pipeline.stages.load import Source
@@ -102,10 +103,14 @@ def prepare_texts(recipe: Recipe, source: Source) -> Texts:
 
 
 def _tuning_windows(recipe: Recipe, tokens: Tensor, used: Tensor, bos: int | None) -> Tensor:
-    """Windows for every step and to judge on, of text that calibration does not use; with too
-    little of that, fewer windows."""
-    wanted = recipe.tuning.steps * recipe.tuning.batch + HELD_OUT
-    return other_windows(tokens, used, samples=wanted, seed=recipe.seed, bos_id=bos)
+    """Windows to judge on and for every step: of text that calibration does not use as far as there
+    is any, then those that solvers do not see, then the others."""
+    wanted = HELD_OUT + recipe.tuning.steps * recipe.tuning.batch
+    others = other_windows(tokens, used, samples=wanted, seed=recipe.seed, bos_id=bos)
+    batch = recipe.calibration.batch
+    apart = held_out_batches(-(-len(used) // batch), recipe.calibration.held_out)
+    kept = torch.isin(torch.arange(len(used)) // batch, torch.tensor(apart))
+    return torch.cat([others, used[kept], used[~kept]])[:wanted]
 
 
 def _evaluation_windows(

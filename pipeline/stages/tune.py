@@ -11,8 +11,8 @@ super-scales gave together.
 What is best on held-out windows is kept: the gains that were, if nothing is better.
 
 In memory are the residual streams of one batch at all blocks, the float model's last residual
-stream for all windows, and the blocks; where these would take more than half of what is free, they
-are read again in every step.
+streams for a round, and the blocks; where these would take more than half of what is free, they are
+read again in every step.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ from runtimes.metrics import kl_divergence
 from runtimes.torch_reference import DecoderBlock, TorchReference
 
 PART = "norms"
-ROUNDS = 8
+ROUNDS = 5
 """How often gains are judged on held-out windows."""
+
+PATIENCE = 2
+"""Rounds in a row that may bring nothing; then no more are made."""
 
 WARM_UP = 10
 """Steps in which the rate rises."""
@@ -51,8 +54,8 @@ class Tuned:
     """How tuning went.
 
     Attributes:
-        steps: Of the optimizer.
-        windows: That it was fitted to.
+        steps: Of the optimizer that were asked for; fewer are made if they bring nothing.
+        windows: That it may fit to.
         held_out: Windows that it was judged on.
         before: KL divergence from the float model on held-out windows, nats a token.
         after: The same of the gains that were kept.
@@ -114,6 +117,10 @@ def tune(
 class Tuner:
     """The quantized model with gains that have gradients, and the float model's predictions.
 
+    Attributes:
+        gains: Present gains by Hugging Face name.
+        rate: Largest relative step.
+
     Args:
         model: The quantized model.
         recipe: Rate, batch and seed.
@@ -123,6 +130,7 @@ class Tuner:
     def __init__(self, model: QuantizedModel, recipe: Recipe, device: torch.device) -> None:
         source = model.source
         self._recipe, self._device = recipe, device
+        self.rate = recipe.tuning.rate
 
         def engine(read: Any) -> TorchReference:
             return TorchReference(
@@ -156,28 +164,25 @@ class Tuner:
         steps, batch = self._recipe.tuning.steps, self._recipe.tuning.batch
         generator = torch.Generator().manual_seed(self._recipe.seed)
         order = torch.randperm(len(windows), generator=generator)
-        places = (torch.arange(steps * batch) % len(windows)).view(steps, batch)
-        targets, judged = self.last_streams(windows), self.last_streams(held_out)
-        start = {name: gain.clone() for name, gain in self.gains.items()}
-        factors = {n: torch.zeros_like(gain, requires_grad=True) for n, gain in start.items()}
-        optimizer = torch.optim.Adam(factors.values(), lr=1.0, betas=(0.9, 0.99))
+        chosen = order[torch.arange(steps * batch) % len(windows)].view(steps, batch)
+        descent = _Descent(self, steps)
+        judged = self.last_streams(held_out)
         before = after = self.divergence(held_out, judged)
-        best, kept, rounds = start, 0, min(ROUNDS, steps)
+        best, kept, idle, rounds = descent.gains(), 0, 0, min(ROUNDS, steps)
         ends = [(n + 1) * steps // rounds for n in range(rounds)]
         for number, (first, end) in enumerate(zip([0, *ends], ends, strict=False)):
             progress.block(number + 1, rounds)
-            for step in range(first, end):
-                chosen = order[places[step]]
-                _, gradients = self.loss_and_gradients(windows[chosen], targets[chosen])
-                for name, factor in factors.items():
-                    factor.grad = gradients[name] * start[name]
-                optimizer.param_groups[0]["lr"] = self._recipe.tuning.rate * schedule(step, steps)
-                optimizer.step()
-                self.put({n: start[n] * (1 + f.detach()) for n, f in factors.items()})
+            targets = self.last_streams(windows[chosen[first:end].flatten()])
+            for step, wanted in zip(range(first, end), targets.split(batch), strict=True):
+                descent.step(windows[chosen[step]], wanted)
             figure = self.divergence(held_out, judged)
             progress.figure("KLD", figure)
             if figure < after:
-                best, kept, after = {n: g.clone() for n, g in self.gains.items()}, end, figure
+                best, kept, after, idle = descent.gains(), end, figure, 0
+            else:
+                idle += 1
+            if idle == PATIENCE:
+                break
         self.put(best)
         changed = {n: gain.cpu() for n, gain in best.items()} if kept else {}
         return changed, Tuned(steps, len(windows), len(held_out), before, after, kept)
@@ -293,6 +298,33 @@ class Tuner:
         size = self._recipe.tuning.batch
         for part, wanted in zip(tokens.split(size), targets.split(size), strict=True):
             yield part.to(self._device), wanted.to(self._device)
+
+
+class _Descent:
+    """Adam on factors of a tuner's gains."""
+
+    def __init__(self, tuner: Tuner, steps: int) -> None:
+        self._tuner, self._steps, self._done = tuner, steps, 0
+        self._start = self.gains()
+        self._factors = {
+            name: torch.zeros_like(gain, requires_grad=True) for name, gain in self._start.items()
+        }
+        self._optimizer = torch.optim.Adam(self._factors.values(), betas=(0.9, 0.99))
+
+    def gains(self) -> dict[str, Tensor]:
+        """The present gains, copied."""
+        return {name: gain.clone() for name, gain in self._tuner.gains.items()}
+
+    def step(self, tokens: Tensor, targets: Tensor) -> None:
+        """One step on some windows and the float model's last streams for them."""
+        _, gradients = self._tuner.loss_and_gradients(tokens, targets)
+        for name, factor in self._factors.items():
+            factor.grad = gradients[name] * self._start[name]
+        rate = self._tuner.rate * schedule(self._done, self._steps)
+        self._optimizer.param_groups[0]["lr"] = rate
+        self._optimizer.step()
+        self._done += 1
+        self._tuner.put({n: self._start[n] * (1 + f.detach()) for n, f in self._factors.items()})
 
 
 def schedule(step: int, steps: int) -> float:

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from pipeline.calibration.streams import held_out_batches
+from pipeline.demo import corpus
 from pipeline.progress import open_progress
 from pipeline.recipe import Recipe
 from pipeline.recipe_files import load_recipe
 from pipeline.run_directory import RunDirectory
 from pipeline.stages import tune as stage
-from pipeline.stages.calibrate import Texts
+from pipeline.stages.calibrate import Texts, prepare_texts
 from pipeline.stages.load import open_source
 from pipeline.stages.quantize import QuantizedModel, quantize
 from pipeline.stages.tune import Tuned, Tuner, tune
@@ -70,7 +72,7 @@ def test_gradients_are_those_of_autograd_through_the_whole_model(
     wanted = teacher(TOKENS[:3]).logits.log_softmax(-1).detach()
     found = student(TOKENS[:3]).logits.log_softmax(-1)
     expected = (wanted.exp() * (wanted - found)).sum(-1).mean()
-    assert loss == pytest.approx(float(expected), rel=1e-4)
+    assert loss == pytest.approx(expected.item(), rel=1e-4)
     gains = {n: p for n, p in student.named_parameters() if n.endswith("norm.weight")}
     assert gradients.keys() == gains.keys()
     assert len(gains) == (9 if family == "qwen3" else 5)
@@ -108,8 +110,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Quantized
     folder = tmp_path_factory.mktemp("tune")
     options = {"tuning.steps": 24, "tuning.batch": 2, "calibration.seqlen": 64}
     recipe, model = quantized(checkpoint, folder / "run", **options)
-    from pipeline.stages.calibrate import prepare_texts
-
     recipe = recipe.model_copy(
         update={"calibration": recipe.calibration.model_copy(update={"source": "stdlib"})}
     )
@@ -153,15 +153,65 @@ def test_the_same_gains_come_out_when_blocks_are_read_in_every_step(
     assert all(torch.equal(found[name], gain) for name, gain in expected.items())
 
 
-def test_gains_stay_when_no_step_is_better(
-    trained: tuple[Recipe, QuantizedModel, Tensor],
+def test_gains_stay_when_no_step_is_better_and_no_more_are_made(
+    trained: tuple[Recipe, QuantizedModel, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, model, windows = trained
-    wild = recipe.tuning.model_copy(update={"steps": 2, "rate": 50.0})
+    seen: list[Tensor] = []
+    plain = Tuner.loss_and_gradients
+
+    def counted(self: Tuner, tokens: Tensor, targets: Tensor) -> Any:
+        seen.append(tokens)
+        return plain(self, tokens, targets)
+
+    monkeypatch.setattr(Tuner, "loss_and_gradients", counted)
+    wild = recipe.tuning.model_copy(update={"steps": 10, "rate": 50.0})
     gains, tuned = fitted(recipe.model_copy(update={"tuning": wild}), model, windows)
     assert gains == {}
     assert (tuned.kept, tuned.after) == (0, tuned.before)
-    assert "none of 2 steps" in tuned.summary()
+    assert "none of 10 steps" in tuned.summary()
+    assert len(seen) == 4  # two rounds of five
+
+
+def windows_of(folder: Path, characters: int, **options: Any) -> tuple[Tensor, Tensor]:
+    """Calibration windows and tuning windows of a text of so many characters."""
+    (folder / "text.txt").write_text(corpus("calibration", characters), encoding="utf-8")
+    values = {
+        "model": str(trained_checkpoint("llama")),
+        "calibration.source": str(folder / "text.txt"),
+        "evaluation.source": "stdlib",
+        "calibration.samples": 40,
+        "calibration.seqlen": 64,
+        "calibration.batch": 4,
+        "tuning.steps": 5,
+        **options,
+    }
+    recipe = load_recipe("fast", options=values).recipe
+    found = prepare_texts(recipe, open_source(recipe, allow_pickle=False))
+    assert found.tuning is not None
+    return found.calibration, found.tuning
+
+
+def rows(windows: Tensor) -> set[tuple[int, ...]]:
+    return {tuple(row) for row in windows.tolist()}
+
+
+def test_windows_for_tuning_are_of_text_that_solvers_did_not_see(tmp_path: Path) -> None:
+    calibration, tuning = windows_of(tmp_path, 60_000)
+    assert len(tuning) == 5 * 4 + 16
+    assert not rows(calibration) & rows(tuning)
+
+
+def test_a_short_text_gives_held_out_windows_and_then_those_that_solvers_saw(
+    tmp_path: Path,
+) -> None:
+    calibration, tuning = windows_of(tmp_path, 3_000, **{"calibration.held_out": 0.1})
+    assert 8 < len(calibration) < 36  # all that the text has
+    assert rows(tuning) == rows(calibration)
+    batches = -(-len(calibration) // 4)
+    apart = held_out_batches(batches, 0.1)
+    assert len(apart) == 1
+    assert torch.equal(tuning[:4], calibration[4 * apart[0] :][:4])
 
 
 def test_finished_gains_are_taken_from_the_run_directory(

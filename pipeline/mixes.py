@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 BASES = {
     **{name: name for name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q6_K", "Q2_0")},
-    **{name: name for name in ("TQ1_0", "TQ2_0", "IQ4_NL", "IQ4_XS", "MXFP4", "Q2_K")},
+    **{name: name for name in ("TQ1_0", "TQ2_0", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "Q2_K")},
     "Q2_K_S": "Q2_K",
     **{f"Q3_K_{size}": "Q3_K" for size in "SML"},
     **{f"Q4_K_{size}": "Q4_K" for size in "SM"},
@@ -104,11 +104,16 @@ def head_type(name: str, width: int) -> str:
 
 
 def embedding_type(name: str) -> str:
-    """Type of a token embedding of its own."""
+    """Type of a token embedding of its own.
+
+    llama-quantize has no mix NVFP4. A token embedding cannot be of that type, whose scale of a
+    whole tensor multiplies outputs of linears; IQ4_NL takes as many bits.
+    """
     base = base_type(name)
     if name in SMALL or name == "IQ3_XXS":
         return SMALL.get(name, "IQ3_S")
-    return "Q4_K" if base in ("TQ1_0", "TQ2_0", "Q2_0") else base
+    own = {"TQ1_0": "Q4_K", "TQ2_0": "Q4_K", "Q2_0": "Q4_K", "NVFP4": "IQ4_NL"}
+    return own.get(base, base)
 
 
 def _values(mix: str, matrix: Matrix) -> str | None:

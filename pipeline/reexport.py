@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from exporters.gguf import gguf_name, unpack
+from exporters.gguf import SCALED_TYPES, gguf_name, unpack
 from exporters.onnx import read_onnx
 from pipeline.architectures.base import EMBEDDING, HEAD, is_gain
 from pipeline.delivery import carry_out, enter
@@ -204,7 +204,8 @@ def _from_gguf(weights: GGUFWeights, name: str) -> StoredTensor:
     kind, decoded = weights.type_of(gguf_name(name)), weights.read(name)
     if kind in FLOAT_TYPES:
         return StoredTensor(kind, decoded)
-    quantized = unpack(weights.rows(name), kind, decoded.shape[1])
+    scale = weights.tensor_scale(gguf_name(name)) if kind in SCALED_TYPES else None
+    quantized = unpack(weights.rows(name), kind, decoded.shape[1], scale)
     if not torch.equal(quantized.dequantize(), decoded):
         raise VerificationError(f"codes and scales of {name} do not give its weights")
     return StoredTensor(kind, quantized)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from exporters.gguf.names import scale_name, why_unscaled
 from exporters.gguf.reader import GGUFFile, TensorInfo, quoted
 from pipeline.errors import InputError, UnsupportedError
 from runtimes.ggml_activations import quantized_matmul
@@ -29,6 +30,7 @@ class Linear:
         type_name: ggml type it is stored in.
         offsets: ``m`` of affine types, float32 [out, groups].
         bias: float32 [out].
+        scale: Scale of the whole tensor, float32 [1], which multiplies outputs before the bias.
         round_activations: Whether to round the input as ggml does.
     """
 
@@ -36,6 +38,7 @@ class Linear:
     type_name: str
     offsets: Tensor | None
     bias: Tensor | None
+    scale: Tensor | None
     round_activations: bool
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -44,11 +47,12 @@ class Linear:
             out = quantized_matmul(x, self.weight, self.type_name, self.offsets)
         else:
             out = linear(x, self.weight)
+        out = out if self.scale is None else out * self.scale
         return out if self.bias is None else out + self.bias
 
 
 def read_linear(file: GGUFFile, name: str, *, round_activations: bool) -> Linear:
-    """The linear ``{name}.weight`` with its ``{name}.bias``, if there is one."""
+    """The linear ``{name}.weight`` with its ``{name}.bias`` and ``{name}.scale``, if any."""
     info = file.tensors[f"{name}.weight"]
     raw = file.raw(info.name)
     return Linear(
@@ -56,6 +60,7 @@ def read_linear(file: GGUFFile, name: str, *, round_activations: bool) -> Linear
         type_name=info.type_name,
         offsets=offsets(raw, info.type_name, info.shape[1]),
         bias=read_vector(file, f"{name}.bias") if f"{name}.bias" in file.tensors else None,
+        scale=read_vector(file, f"{name}.scale") if f"{name}.scale" in file.tensors else None,
         round_activations=round_activations,
     )
 
@@ -97,6 +102,7 @@ def check_tensors(tensors: Mapping[str, TensorInfo], sizes: Hyperparameters) -> 
     if sizes.blocks > len(tensors):  # before the names of all blocks are made
         raise InputError(f"{sizes.blocks} blocks cannot be made of {len(tensors)} tensors")
     required, optional = _expected(sizes, vocabulary=embedding.shape[0])
+    optional |= _scales(tensors, sizes)
     for name, shape in (required | optional).items():
         info = tensors.get(name)
         if info is None and name in required:
@@ -109,6 +115,18 @@ def check_tensors(tensors: Mapping[str, TensorInfo], sizes: Hyperparameters) -> 
                 f"tensor {quoted(info.name)} has no place in the {sizes.architecture} graph"
             )
         decoder_of(info.type_name)
+
+
+def _scales(
+    tensors: Mapping[str, TensorInfo], sizes: Hyperparameters
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the scales of whole tensors that the graph multiplies by."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name in (name for name, info in tensors.items() if len(info.shape) == 2):
+        biased = f"{name.removesuffix('weight')}bias" in tensors
+        if why_unscaled({"model_type": sizes.architecture}, name, biased=biased) is None:
+            found[scale_name(name)] = (1,)
+    return found
 
 
 def _expected(

@@ -193,6 +193,17 @@ def _mxfp4(raw: np.ndarray) -> np.ndarray:
         return scale * _FP4[_nibbles(raw[:, 1:])]
 
 
+def _nvfp4(raw: np.ndarray) -> np.ndarray:
+    """Four scales in E4M3 for 16 weights each, halved; 0x7F, which is no number, counts as 0."""
+    power, fraction = (raw[:, :4] >> 3 & 15).astype(np.int32), (raw[:, :4] & 7).astype(np.float32)
+    normal = np.ldexp(1 + fraction / 8, power - 7)
+    scales = np.where(power == 0, fraction / 512, normal).astype(np.float32) / 2
+    scales[raw[:, :4] == 0x7F] = 0
+    packed = raw[:, 4:].reshape(-1, 4, 8)
+    levels = _FP4[np.concatenate([packed & 15, packed >> 4], axis=2)]
+    return (scales[:, :, None] * levels).reshape(-1, 64)
+
+
 def _planes(packed: np.ndarray) -> np.ndarray:
     """2-bit codes of K-quants: in each half of 128, byte j holds elements j, 32+j, 64+j, 96+j."""
     halves = packed.reshape(-1, 2, 1, 32)
@@ -275,6 +286,7 @@ DECODERS: dict[str, Decoder] = {
     "IQ4_NL": Decoder(32, 18, _iq4_nl),
     "IQ4_XS": Decoder(256, 136, _iq4_xs),
     "MXFP4": Decoder(32, 17, _mxfp4),
+    "NVFP4": Decoder(64, 36, _nvfp4),
     "TQ1_0": Decoder(256, 54, _tq1_0),
     "TQ2_0": Decoder(256, 66, _tq2_0),
     "Q2_K": Decoder(256, 84, _q2_k),

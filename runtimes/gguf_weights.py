@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from exporters.gguf.names import gguf_name, permute_rope, rope_heads
+from exporters.gguf.names import gguf_name, permute_rope, rope_heads, scale_name
 from exporters.gguf.reader import open_gguf
+from pipeline.errors import InputError
 from runtimes.ggml_activations import quantized_matmul
 from runtimes.ggml_types import dequantize, offsets
 
@@ -40,10 +41,25 @@ class GGUFWeights:
         """Stored bytes of a tensor by GGUF name, uint8 [rows, row bytes]."""
         return self._file.raw(name)
 
+    def tensor_scale(self, name: str) -> float:
+        """What multiplies all weights of a tensor, by GGUF name; 1 if the file does not say.
+
+        Raises:
+            InputError: The file says more than one number.
+        """
+        scale = scale_name(name)
+        if scale not in self._file.tensors:
+            return 1.0
+        found = self.decode(scale)
+        if found.shape != (1,):
+            raise InputError(f"tensor {scale} is {list(found.shape)}, expected [1]")
+        return float(found)
+
     def decode(self, name: str) -> Tensor:
-        """A tensor as stored, by GGUF name, float32 in its own shape."""
+        """A tensor as stored, by GGUF name, float32 in its own shape; with its tensor scale."""
         info = self._file.tensors[name]
-        return dequantize(self.raw(name), info.type_name, info.shape[-1]).reshape(info.shape)
+        stored = dequantize(self.raw(name), info.type_name, info.shape[-1]).reshape(info.shape)
+        return stored * self.tensor_scale(name) if name.endswith(".weight") else stored
 
     def read(self, hf_name: str) -> Tensor:
         """A tensor in the row order of the checkpoint, by Hugging Face name, float32."""

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from exporters.gguf.metadata import hyperparameters, rope_factors
-    from exporters.gguf.names import gguf_name, permute_rope, rope_heads
+    from exporters.gguf.names import (
+        SCALED_TYPES,
+        gguf_name,
+        permute_rope,
+        rope_heads,
+        scale_name,
+        why_unscaled,
+    )
     from exporters.gguf.packing import pack
     from exporters.gguf.tokenizer import read_vocabulary
     from exporters.gguf.types import file_type, ggml_type, row_bytes
@@ -25,6 +32,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "SCALED_TYPES",
     "TensorEntry",
     "TokenType",
     "Vocabulary",
@@ -41,13 +49,17 @@ __all__ = [
     "rope_factors",
     "rope_heads",
     "row_bytes",
+    "scale_name",
     "unpack",
+    "why_unscaled",
     "write_gguf",
 ]
 
 _HOMES = {
     "metadata": ("hyperparameters", "rope_factors"),
-    "names": ("gguf_name", "permute_rope", "rope_heads"),
+    "names": (
+        *("SCALED_TYPES", "gguf_name", "permute_rope", "rope_heads", "scale_name", "why_unscaled"),
+    ),
     "packing": ("pack",),
     "tokenizer": ("read_vocabulary",),
     "types": ("file_type", "ggml_type", "row_bytes"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from exporters.gguf.fields import Config, integer
+from exporters.gguf.names import scale_name, why_unscaled
 from exporters.gguf.rope import rope_factors
 from pipeline.errors import InputError, UnsupportedError
 
@@ -53,10 +54,15 @@ def _expected(config: Config) -> tuple[set[str], set[str]]:
 
     required, optional = {"token_embd.weight", "output_norm.weight"}, set[str]()
     (optional if config.get("tie_word_embeddings", False) else required).add("output.weight")
+    optional.add(scale_name("output.weight"))
     if rope_factors(config) is not None:
         required.add("rope_freqs.weight")
     for block in range(integer(config, "num_hidden_layers")):
         required.update(f"blk.{block}.{name}.weight" for name in weights)
         for name, needed in biases.items():
             (required if needed else optional).add(f"blk.{block}.{name}.bias")
+        for weight in (f"blk.{block}.{name}.weight" for name in _LINEARS):
+            biased = f"{weight.removesuffix('weight')}bias" in required
+            if why_unscaled(config, weight, biased=biased) is None:
+                optional.add(scale_name(weight))
     return required, optional

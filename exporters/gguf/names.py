@@ -1,4 +1,5 @@
-"""Hugging Face tensor names -> GGUF names, and the row order that the llama graph expects."""
+"""Hugging Face tensor names -> GGUF names, the row order that the llama graph expects, and which
+tensors may have a scale."""
 
 from __future__ import annotations
 
@@ -31,8 +32,12 @@ _BLOCK = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+SCALED_TYPES = ("NVFP4",)
+"""Types whose tensors have a scale as a whole, see `scale_name`."""
+
 _LINEARS = frozenset(name for name in _BLOCK if name.endswith("_proj"))
 _BLOCK_NAME = re.compile(r"model\.layers\.(0|[1-9][0-9]*)\.([a-z_.]+)\.(weight|bias)\Z")
+_FFN = (".ffn_gate.", ".ffn_up.", ".ffn_down.")
 _QUERY_OR_KEY = re.compile(r"blk\.[0-9]+\.attn_([qk])\.(?:weight|bias)\Z")
 
 
@@ -57,6 +62,35 @@ def gguf_name(hf_name: str) -> str:
         why="the llama, qwen2 and qwen3 graphs are dense decoders with gated MLPs",
         fix="export a plain LlamaForCausalLM, Qwen2ForCausalLM or Qwen3ForCausalLM checkpoint",
     )
+
+
+def scale_name(weight: str) -> str:
+    """GGUF name of the scale of a tensor ``<linear>.weight``: float32 [1], multiplies outputs.
+
+    llama.cpp loads one for every linear of every architecture; whether it is used is up to the
+    graph (src/models/*.cpp, `build_ffn` in src/llama-graph.cpp).
+    """
+    return f"{weight.removesuffix('.weight')}.scale"
+
+
+def why_unscaled(config: Mapping[str, Any], weight: str, *, biased: bool) -> str | None:
+    """Why stock llama.cpp computes without, or with a wrong use of, the scale of a tensor.
+
+    Args:
+        config: Content of the model's config.json.
+        weight: GGUF name of the tensor.
+        biased: Whether its linear has a bias.
+
+    Returns:
+        None if it multiplies the outputs by the scale, before a bias.
+    """
+    if weight == _MODEL["model.embed_tokens.weight"]:
+        return "llama.cpp looks rows of the embedding up and has no scale for them"
+    if not any(part in weight for part in _FFN):
+        return None
+    if config["model_type"] == "qwen2":
+        return "llama.cpp's qwen2 graph leaves the scales of ffn_gate, ffn_up and ffn_down out"
+    return "llama.cpp adds an FFN's bias before it scales, and stops" if biased else None
 
 
 def rope_heads(config: Mapping[str, Any], gguf_name: str) -> int | None:

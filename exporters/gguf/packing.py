@@ -89,6 +89,18 @@ def _mxfp4(codes: Array, scales: Fields) -> Array:
     return np.hstack([exponent[:, None], _nibbles(stored)])
 
 
+def _nvfp4(codes: Array, scales: Fields) -> Array:
+    """Four bytes of E4M3 without sign, then the nibbles of 16 weights each, as MXFP4 has them."""
+    d = scales["d"].astype(np.float64) * 2  # halved in the lattice
+    exponent = np.where(d > 0, np.maximum(np.frexp(d)[1] - 1, -6), -6)
+    steps = np.ldexp(d, 3 - exponent)  # 0..7 below 2^-6, else 8..15
+    e4m3 = ((exponent + 6) * 8 + steps).astype(np.uint8)
+    level = np.where(np.repeat(d, 16, axis=1) > 0, codes.astype(np.int16) - 7, 0)
+    stored = np.where(level < 0, 8 - level, level).astype(np.uint8).reshape(-1, 4, 2, 8)
+    nibbles = stored[:, :, 0] | stored[:, :, 1] << 4
+    return np.hstack([e4m3, nibbles.reshape(-1, 32)])
+
+
 def _tq1_0(codes: Array, scales: Fields) -> Array:
     """Five ternary digits a byte, first digit first: ``ceil(value * 256 / 243)``; then four."""
     digits = _unsigned(codes, -1).astype(np.uint16)
@@ -190,6 +202,7 @@ _PACKERS: dict[str, Callable[[Array, Fields], Array]] = {
     "IQ4_NL": _iq4_nl,
     "IQ4_XS": _iq4_xs,
     "MXFP4": _mxfp4,
+    "NVFP4": _nvfp4,
     "Q2_0": _q2_0,
     "Q2_K": _q2_k,
     "Q3_K": _q3_k,
@@ -208,7 +221,7 @@ _PACKERS: dict[str, Callable[[Array, Fields], Array]] = {
 
 
 def pack(tensor: QuantizedTensor) -> NDArray[np.uint8]:
-    """The rows of a quantized linear as ggml stores them.
+    """The rows of a quantized linear as ggml stores them, without the scale of the whole tensor.
 
     Args:
         tensor: codes int8 [out, in] and the scale fields of its format.
@@ -220,8 +233,9 @@ def pack(tensor: QuantizedTensor) -> NDArray[np.uint8]:
         UnsupportedError: No ggml type stores this format, or the width is not whole blocks.
         VerificationError: Codes or scales are not values of the format (a bug in the solver).
     """
-    packer = _PACKERS.get(tensor.format.name)
-    if packer is None or GGML_FORMATS.get(tensor.format.name) != tensor.format:
+    packer, unit = _PACKERS.get(tensor.format.name), tensor.format.tensor_scale
+    plain = tensor.format if unit is None else tensor.format.at_tensor_scale(1.0)
+    if packer is None or GGML_FORMATS.get(tensor.format.name) != plain:
         raise UnsupportedError(
             f"format {tensor.format.name} cannot be written to a GGUF file",
             why="llama.cpp has no tensor type that stores it",
@@ -234,7 +248,9 @@ def pack(tensor: QuantizedTensor) -> NDArray[np.uint8]:
     _check_codes(codes, tensor.format)
     _check_scales(fields, tensor.format, rows, width)
 
-    block = tensor.format.super_group
+    if unit is not None:  # a power of two
+        fields["d"] = fields["d"].astype(np.float64) / unit
+    block = tensor.format.stored_block(width)
     step = max(1, _WEIGHTS_AT_ONCE // width)
     for start in range(0, rows, step):
         part = slice(start, start + step)

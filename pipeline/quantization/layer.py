@@ -125,7 +125,7 @@ def quantize_layer(
     if not fmt.fits(width):
         raise UnsupportedError(
             f"type {fmt.name} cannot hold rows of {width} weights",
-            why=f"it stores blocks of {fmt.block_of(width)} and {width} is not a multiple of that",
+            why=f"it stores blocks of {fmt.stored_block(width)}, which do not divide {width}",
             fix="choose a type with smaller blocks, or allow replacement with --allow-fallback",
         )
     check_rounding(fmt, options.rounding)

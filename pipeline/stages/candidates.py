@@ -17,6 +17,7 @@ from pipeline.errors import ResourceError
 from pipeline.quantization.formats import get_format
 from pipeline.quantization.layer import LayerOptions, quantize_free, quantize_layer
 from pipeline.quantization.objective import LayerObjective
+from pipeline.quantization.tensor_scale import format_for
 from pipeline.recipe import Recipe, split_tensor_type
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.quantize import layer_options, part_of
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 WIDE = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 """For rows that are whole blocks of 256: from 2.625 to 8.5 bits, no two of one size.
 
-Left out: Q4_0 and IQ4_NL, which are as large as Q4_K and worse; Q4_1, Q5_0, Q5_1 and MXFP4,
+Left out: Q4_0, IQ4_NL and NVFP4, which are as large as Q4_K and worse; Q4_1, Q5_0, Q5_1 and MXFP4,
 likewise beaten by the type of their size or a smaller one; Q2_0, TQ1_0 and TQ2_0, which stock
 llama.cpp computes slowly or only means for models that were trained in them."""
 
@@ -114,7 +115,8 @@ def solve_site(
         if kind in FLOAT_TYPES:
             yield from (Candidate(n, StoredTensor.floating(kind, weights[n].cpu())) for n in names)
             continue
-        stacked, fmt = torch.cat([weights[name] for name in names]), get_format(kind)
+        stacked = torch.cat([weights[name] for name in names])
+        fmt = format_for(kind, stacked)
         solved = quantize_layer(stacked, objective, fmt, OPTIONS)
         rows = torch.arange(0, len(stacked), max(1, len(stacked) // PROBED_ROWS))
         probe = quantize_layer(stacked[rows], objective, fmt, options)
@@ -134,7 +136,7 @@ def solve_table(name: str, kind: str, weight: Tensor) -> Candidate:
     """
     if kind in FLOAT_TYPES:
         return Candidate(name, StoredTensor.floating(kind, weight))
-    quick = quantize_free(weight, get_format(kind), "absmax")
+    quick = quantize_free(weight, format_for(kind, weight), "absmax")
     rows = torch.arange(0, len(weight), max(1, len(weight) // PROBED_ROWS))
     probe = store_free(kind, weight[rows]).dequantize() - weight[rows]
     errors = quick.dequantize()[rows] - weight[rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from exporters.gguf import (
+    SCALED_TYPES,
     TensorEntry,
     gguf_name,
     header_bytes,
@@ -18,6 +20,7 @@ from exporters.gguf import (
     permute_rope,
     rope_factors,
     rope_heads,
+    scale_name,
     write_gguf,
 )
 from pipeline import __version__
@@ -40,7 +43,8 @@ def export(path: Path, model: QuantizedModel, recipe: Recipe) -> dict[str, Any]:
 
     Returns:
         For each tensor of the file its type and the SHA-256 of the float32 weights that it stands
-        for (what the solver evaluated, or the checkpoint's), in the order of the file's rows.
+        for (what the solver evaluated, or the checkpoint's), in the order of the file's rows. The
+        scale of a whole tensor is part of these weights; it is named beside them.
     """
     source = model.source
     promised: dict[str, Any] = {}
@@ -57,11 +61,16 @@ def export(path: Path, model: QuantizedModel, recipe: Recipe) -> dict[str, Any]:
             return weights
         stored = model.stored(hf_name)
         promise(hf_name, stored.type, stored.dequantize().numpy())
+        if stored.tensor_scale is not None:
+            promised[gguf_name(hf_name)]["tensor_scale"] = stored.tensor_scale
         return stored.rows()
+
+    def scale(hf_name: str) -> np.ndarray:
+        return np.array([model.stored(hf_name).tensor_scale], np.float32)
 
     write_gguf(
         path,
-        tensors=_entries(source, rows, source.plan.types),
+        tensors=_entries(source, rows, source.plan.types, scale),
         **_description(source, recipe),
     )
     return promised
@@ -94,7 +103,8 @@ class FileSizes:
     """What a file takes, before it is written.
 
     Attributes:
-        fixed: Bytes of everything but the matrices of the plan: metadata, tokenizer, norms.
+        fixed: Bytes of everything but the matrices of the plan: metadata, tokenizer, norms, scales
+            of whole tensors (types with one are no candidates of a budget, but may be pinned).
         shapes: Shape of each matrix of the plan by Hugging Face name.
     """
 
@@ -112,11 +122,15 @@ class FileSizes:
 
 def file_sizes(source: Source, recipe: Recipe) -> FileSizes:
     """Sizes of the file that `export` would write, whatever types its matrices get."""
-    entries = _entries(source, lambda name: np.zeros(0), source.plan.types)
+    entries = _entries(source, _no_data, source.plan.types, _no_data)
     shapes = {name: source.shapes[name] for name in source.plan.types}
     matrices = {gguf_name(name) for name in shapes}
     rest = sum(padded(entry.nbytes) for entry in entries if entry.name not in matrices)
     return FileSizes(header_bytes(tensors=entries, **_description(source, recipe)) + rest, shapes)
+
+
+def _no_data(hf_name: str) -> np.ndarray:
+    return np.zeros(0)
 
 
 def export_twin(path: Path, read: Callable[[str], Tensor], source: Source) -> None:
@@ -137,8 +151,12 @@ def export_twin(path: Path, read: Callable[[str], Tensor], source: Source) -> No
 
 
 def _entries(
-    source: Source, rows: Callable[[str], np.ndarray], types: Mapping[str, str]
+    source: Source,
+    rows: Callable[[str], np.ndarray],
+    types: Mapping[str, str],
+    scale: Callable[[str], np.ndarray] | None = None,
 ) -> list[TensorEntry]:
+    """All tensors of a file; `scale` gives those of whole tensors, for types that have one."""
     entries = []
     for hf_name, shape in source.shapes.items():
         target = gguf_name(hf_name)
@@ -146,7 +164,10 @@ def _entries(
         def read(hf_name: str = hf_name, target: str = target) -> np.ndarray:
             return _permuted(source, target, rows(hf_name))
 
-        entries.append(TensorEntry(target, types.get(hf_name, "F32"), shape, read))
+        kind = types.get(hf_name, "F32")
+        entries.append(TensorEntry(target, kind, shape, read))
+        if scale is not None and kind in SCALED_TYPES:
+            entries.append(TensorEntry(scale_name(target), "F32", (1,), partial(scale, hf_name)))
     factors = rope_factors(source.checkpoint.config)
     if factors is not None:
         entries.append(TensorEntry(ROPE_FACTORS, "F32", factors.shape, lambda: factors))

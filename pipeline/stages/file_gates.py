@@ -76,7 +76,7 @@ def _differing(
             unknown.add(kind)
             continue
         try:
-            decoded = _by_library(weights.raw(name), known)
+            decoded = _by_library(weights.raw(name), known) * np.float32(weights.tensor_scale(name))
         except NotImplementedError:
             unknown.add(kind)
             continue

@@ -19,9 +19,9 @@ from exporters.gguf.imatrix import read_imatrix
 from pipeline.architectures.base import EMBEDDING, HEAD
 from pipeline.errors import InputError, UsageError
 from pipeline.progress import Progress
-from pipeline.quantization.formats import get_format
 from pipeline.quantization.layer import LayerOptions, LayerResult, quantize_layer
 from pipeline.quantization.objective import LayerObjective
+from pipeline.quantization.tensor_scale import format_for
 from pipeline.recipe import Recipe
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.load import Source
@@ -120,7 +120,8 @@ def quantize_weighted(
             objective = LayerObjective.from_moments(
                 means.double().diag().to(device), damping=recipe.quantization.damping
             )
-            result = quantize_layer(weight.to(device), objective, get_format(kind), options)
+            fmt = format_for(kind, weight)
+            result = quantize_layer(weight.to(device), objective, fmt, options)
             stored[name] = StoredTensor(kind, next(split_rows(result.quantized, [len(weight)])))
             beside[f"{IMPORTANCE}{name}"] = means
             records.append(_record(name, result, objective))

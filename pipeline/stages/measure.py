@@ -11,9 +11,9 @@ from torch import Tensor
 from pipeline.architectures.base import HEAD
 from pipeline.architectures.spaces import Space
 from pipeline.calibration.streams import Stream
-from pipeline.quantization.formats import get_format
 from pipeline.quantization.layer import LayerOptions, quantize_layer
 from pipeline.quantization.objective import LayerObjective
+from pipeline.quantization.tensor_scale import format_for
 from pipeline.recipe import Recipe
 from pipeline.stages.load import Source
 from pipeline.stages.network_loss import QuantizedNetwork
@@ -98,13 +98,13 @@ def judging(recipe: Recipe, source: Source) -> Callable[[str, Tensor, Tensor], f
             return 0.0
         H = hessian.to(device)
         objective = LayerObjective.from_moments(H, damping=damping)
-        total = 0.0
+        total, fmt = 0.0, format_for(kind, weight)
         for rows in weight.float().split(HEAD_ROWS):
             part = rows.to(device)
             if name == HEAD and kind == WIDE:
                 values = store_free(kind, rows).dequantize()
             else:
-                found = quantize_layer(part, objective, get_format(kind), options)
+                found = quantize_layer(part, objective, fmt, options)
                 values = found.quantized.dequantize()
             error = (part - values.to(device)).double()
             total += float(((error @ H) * error).sum())

@@ -20,12 +20,13 @@ from torch import Tensor
 from pipeline.architectures.base import EMBEDDING
 from pipeline.architectures.spaces import Role, Space
 from pipeline.errors import ResourceError
-from pipeline.quantization.formats import Format, QuantizedTensor, get_format
+from pipeline.quantization.formats import Format, QuantizedTensor
 from pipeline.quantization.layer import quantize_free
 from pipeline.quantization.rounding.nearest import nearest_codes
 from pipeline.quantization.scales.absmax import absmax
 from pipeline.quantization.scales.alternating import alternating
 from pipeline.quantization.scales.base import BlockProblem, ScaleRule
+from pipeline.quantization.tensor_scale import format_for
 from pipeline.stages.load import Source
 from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
 from pipeline.transforms.changes import Change, ReadTensor
@@ -54,7 +55,7 @@ def quick_rounding(types: Mapping[str, str]) -> Round:
     def rounded(name: str, weight: Tensor) -> Tensor:
         if types[name] in FLOAT_TYPES:
             return StoredTensor.floating(types[name], weight).dequantize()
-        fmt = get_format(types[name])
+        fmt = format_for(types[name], weight)
         # Blocks of a row do not see each other: as rows of their own they are rounded together.
         blocks = weight.reshape(-1, fmt.block_of(weight.shape[1]))
         if fmt.codebook is not None:

@@ -15,6 +15,9 @@ from pipeline.quantization.formats import QuantizedTensor, get_format
 
 FLOAT_TYPES = ("F32", "F16")
 
+TENSOR_SCALE = "tensor_scale"
+"""Name of a whole tensor's scale among the fields of a matrix in the run directory."""
+
 
 @dataclass(frozen=True)
 class StoredTensor:
@@ -40,6 +43,12 @@ class StoredTensor:
         content = self.content
         return tuple((content.codes if isinstance(content, QuantizedTensor) else content).shape)
 
+    @property
+    def tensor_scale(self) -> float | None:
+        """Scale of the whole tensor that the file stores beside the rows, if the type has one."""
+        content = self.content
+        return content.format.tensor_scale if isinstance(content, QuantizedTensor) else None
+
     def dequantize(self) -> Tensor:
         """The weights that a runtime computes with, float32 [out, in]."""
         content = self.content
@@ -55,6 +64,8 @@ class StoredTensor:
         content = self.content
         if isinstance(content, QuantizedTensor):
             fields = {f"{name}:{key}": value for key, value in content.scales.items()}
+            if content.format.tensor_scale is not None:
+                fields[f"{name}:{TENSOR_SCALE}"] = torch.tensor([content.format.tensor_scale])
             return {f"{name}:codes": content.codes, **fields}
         return {f"{name}:values": content}
 
@@ -68,8 +79,10 @@ class StoredTensor:
         }
         if type_name in FLOAT_TYPES:
             return cls(type_name, own["values"])
-        codes = own.pop("codes")
-        return cls(type_name, QuantizedTensor(get_format(type_name), codes, own))
+        codes, fmt = own.pop("codes"), get_format(type_name)
+        if fmt.tensor_scale is not None:
+            fmt = fmt.at_tensor_scale(float(own.pop(TENSOR_SCALE)))
+        return cls(type_name, QuantizedTensor(fmt, codes, own))
 
 
 def digest(weights: Tensor | np.ndarray) -> str:

@@ -14,7 +14,7 @@ from pipeline.architectures.base import HEAD
 from pipeline.calibration.moments import Moments
 from pipeline.calibration.streams import SiteMoments, Stream, site_moments
 from pipeline.errors import ResourceError
-from pipeline.quantization.formats import QuantizedTensor, get_format
+from pipeline.quantization.formats import Format, QuantizedTensor
 from pipeline.quantization.layer import (
     LayerOptions,
     LayerResult,
@@ -22,6 +22,7 @@ from pipeline.quantization.layer import (
     quantize_layer,
 )
 from pipeline.quantization.objective import HeldOut, LayerObjective
+from pipeline.quantization.tensor_scale import format_for
 from pipeline.stages.load import Source
 from pipeline.stages.mismatch_share import Estimate, moment_options, solve_with_estimate
 from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
@@ -177,9 +178,8 @@ class Walk:
         if self._settings.magr:
             smaller = reduce_magnitude(weight, moments.solving.hessian, self._settings.magr)
             weight = smaller.to(weight)
-        results = [
-            self._solve([rows], kind, moments, objective) for rows in weight.split(HEAD_ROWS)
-        ]
+        fmt = format_for(kind, weight)
+        results = [self._solve([rows], fmt, moments, objective) for rows in weight.split(HEAD_ROWS)]
         stored = {HEAD: StoredTensor(kind, _joined([r.quantized for r in results]))}
         record = _record(self.n_blocks, "head", results, moments.solving.tokens, objective)
         energies = [float(r.loss.sum()) / max(r.relative_loss, 1e-300) for r in results]
@@ -237,12 +237,13 @@ class Walk:
                 weights[name] = smaller.to(weights[name])
         stored: dict[str, StoredTensor] = {}
         results: list[LayerResult] = []
-        for kind in dict.fromkeys(kinds.values()):
-            names = [name for name in weights if kinds[name] == kind]
-            if kind in FLOAT_TYPES:
+        formats = {n: (kinds[n], _format(kinds[n], w)) for n, w in weights.items()}
+        for kind, fmt in dict.fromkeys(formats.values()):
+            names = [name for name in weights if formats[name] == (kind, fmt)]
+            if fmt is None:
                 stored |= {n: StoredTensor.floating(kind, weights[n].cpu()) for n in names}
                 continue
-            result = self._solve([weights[n] for n in names], kind, moments, objective)
+            result = self._solve([weights[n] for n in names], fmt, moments, objective)
             results.append(result)
             parts = split_rows(result.quantized, [len(weights[n]) for n in names])
             stored |= {n: StoredTensor(kind, p) for n, p in zip(names, parts, strict=True)}
@@ -254,9 +255,9 @@ class Walk:
         return SolvedSite(stored, record, _mean_squares(uncentred), biases)
 
     def _solve(
-        self, weights: list[Tensor], kind: str, moments: SiteMoments, objective: LayerObjective
+        self, weights: list[Tensor], fmt: Format, moments: SiteMoments, objective: LayerObjective
     ) -> LayerResult:
-        """Solve linears of one type that share their inputs."""
+        """Solve linears of one format that share their inputs."""
         apart = moments.held_out
         judge = None if apart is None else HeldOut(apart.hessian, apart.cross, apart.residual)
         return solve_with_estimate(
@@ -266,7 +267,7 @@ class Walk:
             partial(
                 quantize_layer,
                 objective=objective,
-                fmt=get_format(kind),
+                fmt=fmt,
                 options=self._settings.options,
                 held_out=judge,
             ),
@@ -274,6 +275,10 @@ class Walk:
             self._settings.options.mismatch,
             self._settings.damping,
         )
+
+
+def _format(kind: str, weight: Tensor) -> Format | None:
+    return None if kind in FLOAT_TYPES else format_for(kind, weight)
 
 
 class _FinalNorm:
@@ -368,7 +373,7 @@ def store_free(kind: str, weight: Tensor) -> StoredTensor:
     """A matrix without calibration. Wide types gain nothing from a search for scales."""
     if kind in FLOAT_TYPES:
         return StoredTensor.floating(kind, weight)
-    fmt = get_format(kind)
+    fmt = format_for(kind, weight)
     return StoredTensor(kind, quantize_free(weight, fmt, "absmax" if kind == "Q8_0" else "piso"))
 
 

@@ -23,9 +23,16 @@ from pipeline.stages.emit import IMATRIX
 from pipeline.stages.export import export_twin
 from pipeline.stages.load import open_source
 from runtimes.llamacpp import quantize
+from tests.benchmarks.stock_nvfp4 import write_nvfp4
 
-PURE = {"IQ2_S": "IQ2_M", "Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}
-"""Mixes that are made of a type, where llama-quantize has none of that name, or another."""
+STOCK_NAMES = {
+    "IQ2_S": "IQ2_M",
+    "MXFP4": "MXFP4_MOE",
+    "Q3_K": "Q3_K_S",
+    "Q4_K": "Q4_K_S",
+    "Q5_K": "Q5_K_S",
+}
+"""What llama-quantize calls a mix that is made of a type, where no mix or another has its name."""
 
 HEAD = "| type | MB | full precision | stock | ours | share | KLD stock | KLD ours |"
 
@@ -87,20 +94,33 @@ def _one(
     if report.output is None:
         return f"| {kind} | delivered nothing: {report.to_json()} |"
     ours = next(path for path in output.glob("*.gguf") if path.name != IMATRIX)
-    rivals = [floating.parent / f"{output.name}-stock{n}.gguf" for n in ("-imatrix", "")]
-    vectors = (read_imatrix(output / IMATRIX), None)
-    mix = PURE.get(kind, kind) if tables else kind
-    for path, imatrix in zip(rivals, vectors, strict=True):
-        try:
-            quantize(floating, path, mix, imatrix=imatrix, **tables)
-        except InputError as error:
-            progress.note(f"{kind}: no stock file without an importance matrix ({error.what})")
-    rivals = [path for path in rivals if path.exists()]
+    rivals = _rivals(kind, floating, output, tables, progress)
     text = options.get("evaluation.source")
     found = compare([floating, ours, *rivals], evaluation=text, progress=progress)
     best = min(found[2:], key=lambda one: one.comparison.candidate.ppl)
     progress.note(f"{kind}: deploy took {seconds:.0f} s")
     return _row(kind, found[1], best)
+
+
+def _rivals(
+    kind: str, floating: Path, output: Path, tables: Mapping[str, Any], progress: Progress
+) -> list[Path]:
+    """Stock files: with and without our importance matrix; of NVFP4, with and without scales of
+    whole tensors."""
+    if kind == "NVFP4" and tables:
+        both = {True: output.with_name("stock-scaled.gguf"), False: output.with_name("stock.gguf")}
+        for scaled, path in both.items():
+            write_nvfp4(floating, path, scaled=scaled)
+        return list(both.values())
+    rivals = [floating.parent / f"{output.name}-stock{n}.gguf" for n in ("-imatrix", "")]
+    vectors = (read_imatrix(output / IMATRIX), None)
+    mix = STOCK_NAMES.get(kind, kind) if tables else kind
+    for path, imatrix in zip(rivals, vectors, strict=True):
+        try:
+            quantize(floating, path, mix, imatrix=imatrix, **tables)
+        except InputError as error:
+            progress.note(f"{kind}: no stock file without an importance matrix ({error.what})")
+    return [path for path in rivals if path.exists()]
 
 
 def _row(kind: str, ours: Compared, stock: Compared) -> str:

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import ggml_library
 import gguf
 import numpy as np
 import pytest
@@ -43,6 +44,8 @@ def quantized(demo_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def make(type_name: str) -> Path:
         path = folder / type_name
+        if not path.exists() and type_name == "NVFP4":
+            write_nvfp4(demo_gguf, path)
         if not path.exists():
             embedding = "Q6_K" if type_name == "Q6_K" else "Q8_0"
             mixes = {f"Q{bits}_K": f"Q{bits}_K_S" for bits in (3, 4, 5)} | {"MXFP4": "MXFP4_MOE"}
@@ -93,6 +96,7 @@ def test_float_mode_equals_llamacpp_on_the_twin(
     "type_name",
     [
         *("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_0", "Q6_K", "BF16", "F16", "Q5_1", "MXFP4", "IQ4_NL"),
+        "NVFP4",
         *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "IQ4_XS", "TQ1_0", "TQ2_0"),
         *("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"),
     ],
@@ -204,6 +208,20 @@ def test_yarn_magnitude_and_old_linear_key_as_llamacpp(tmp_path: Path) -> None:
 def write_twin(source: Path, target: Path) -> None:
     """The same model with every tensor decoded to F32 by the `gguf` package."""
     reader = gguf.GGUFReader(source)
+    writer = same_metadata(reader, target)
+    for tensor in reader.tensors:
+        values = tensor.data
+        if tensor.tensor_type != gguf.GGMLQuantizationType.F32:
+            values = gguf.quants.dequantize(values, tensor.tensor_type)
+        writer.add_tensor(tensor.name, np.ascontiguousarray(values, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def same_metadata(reader: gguf.GGUFReader, target: Path) -> gguf.GGUFWriter:
+    """A writer that has the hyperparameters already."""
     writer = gguf.GGUFWriter(target, "llama")
     for key, field in reader.fields.items():
         if key.startswith("llama."):
@@ -211,11 +229,23 @@ def write_twin(source: Path, target: Path) -> None:
             add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
             add(key, value)
     writer.add_tokenizer_model("none")
-    for tensor in reader.tensors:
-        values = tensor.data
-        if tensor.tensor_type != gguf.GGMLQuantizationType.F32:
-            values = gguf.quants.dequantize(values, tensor.tensor_type)
-        writer.add_tensor(tensor.name, np.ascontiguousarray(values, np.float32))
+    return writer
+
+
+def write_nvfp4(source: Path, target: Path) -> None:
+    """Matrices of the blocks by the C library's quantizer, each under a scale of its own."""
+    reader = gguf.GGUFReader(source)
+    writer = same_metadata(reader, target)
+    for n, tensor in enumerate(reader.tensors):
+        values = np.array(tensor.data, np.float32)
+        if not tensor.name.startswith("blk") or values.ndim == 1:
+            writer.add_tensor(tensor.name, values)
+            continue
+        scale = np.float32(2.0 ** -(6 + n % 5))
+        kind = gguf.GGMLQuantizationType.NVFP4
+        raw = ggml_library.quantize(values / scale, "NVFP4")
+        writer.add_tensor(tensor.name, raw, raw_dtype=kind)
+        writer.add_tensor(tensor.name.replace("weight", "scale"), np.array([scale]))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -28,6 +28,7 @@ def random_blocks(type_name: str, rows: int = 300) -> np.ndarray:
         "TQ2_0": [65],
         "F32": [3],
         "MXFP4": [],
+        "NVFP4": [],
     }
     for at in scale_bytes.get(type_name, [1]):
         blocks[:, at] &= 0xBF  # clears the top exponent bit

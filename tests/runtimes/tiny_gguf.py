@@ -56,6 +56,7 @@ def write(
     metadata: dict[str, int | float | str] | None = None,
     tensors: dict[str, np.ndarray | None] | None = None,
     drop: tuple[str, ...] = (),
+    packed: dict[str, tuple[np.ndarray, str]] | None = None,
 ) -> Path:
     """Writes a model in F32 without tokenizer.
 
@@ -65,6 +66,7 @@ def write(
         metadata: Added or replaced values by the key after the architecture.
         tensors: Added or replaced tensors by GGUF name.
         drop: Metadata keys (without architecture) and GGUF tensors to leave out.
+        packed: Rows as ggml stores them, uint8 [out, row bytes], and their type, by GGUF name.
     """
     config, architecture = model.config, model.config.model_type
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -90,8 +92,10 @@ def write(
             kind = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
             kind[type(value)](f"{architecture}.{key}", value)
     for name, array in (_arrays(model) | (tensors or {})).items():
-        if name not in drop:
+        if name not in drop and name not in (packed or {}):
             writer.add_tensor(name, np.ascontiguousarray(array))
+    for name, (rows, kind) in (packed or {}).items():
+        writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

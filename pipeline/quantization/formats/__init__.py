@@ -18,7 +18,7 @@ from pipeline.quantization.formats.base import (
 from pipeline.quantization.formats.codebook import Codebook
 from pipeline.quantization.formats.ggml import GGML_FORMATS
 from pipeline.quantization.formats.integer import integer_format, parse_integer
-from pipeline.quantization.formats.lattice import BF16, E8M0, FP16, FP32, ScaleLattice
+from pipeline.quantization.formats.lattice import BF16, E8M0, FP16, FP32, UE4M3, ScaleLattice
 
 __all__ = [
     "BF16",
@@ -27,6 +27,7 @@ __all__ = [
     "FP32",
     "GGML_FORMATS",
     "SUPER_FIELDS",
+    "UE4M3",
     "Codebook",
     "Format",
     "QuantizedTensor",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -37,6 +38,9 @@ class Format:
             codes, as ONNX stores it, and not on the lattice.
         sub_step: Spacing of the sub-scales in their range.
         codebook: Which codes may stand side by side; None if all may.
+        storage_block: Inputs that a file stores together, where that is more than `super_group`.
+        tensor_scale: Power of two in all scales of a tensor, which a file stores once beside them;
+            `scale_lattice` has it in. None for formats without one.
     """
 
     name: str
@@ -53,6 +57,8 @@ class Format:
     zero_points: bool = False
     sub_step: int = 1
     codebook: Codebook | None = None
+    storage_block: int = 0
+    tensor_scale: float | None = None
 
     @cached_property
     def grid(self) -> Tensor:
@@ -66,6 +72,25 @@ class Format:
     def block_of(self, width: int) -> int:
         """Inputs that must stay together: the super-group, or the whole row if channel-wise."""
         return self.super_group or width
+
+    def stored_block(self, width: int) -> int:
+        """Inputs of which a row of `width` must be a multiple."""
+        return self.storage_block or self.block_of(width)
+
+    def at_tensor_scale(self, scale: float) -> Format:
+        """The same format with another scale of the whole tensor.
+
+        A power of two keeps weights exact in float32 (for NVFP4: 4 significant bits of a scale by 2
+        of a level), so that a runtime may multiply outputs by it as well as weights.
+
+        Raises:
+            ValueError: The format has none, or `scale` is not a power of two.
+        """
+        ratio, exponent = math.frexp(scale / (self.tensor_scale or math.nan))
+        if ratio != 0.5:
+            raise ValueError(f"{self.name} cannot have the tensor scale {scale!r}")
+        shifted = self.scale_lattice.shifted(exponent - 1)
+        return replace(self, tensor_scale=scale, scale_lattice=shifted)
 
     @property
     def vector(self) -> int:
@@ -86,8 +111,8 @@ class Format:
         )
 
     def fits(self, width: int) -> bool:
-        """Whether rows of `width` inputs divide into whole (super-)groups."""
-        return width > 0 and width % self.block_of(width) == 0
+        """Whether rows of `width` inputs divide into whole blocks."""
+        return width > 0 and width % self.stored_block(width) == 0
 
 
 @dataclass(frozen=True)

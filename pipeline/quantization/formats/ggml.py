@@ -6,9 +6,11 @@ value.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeline.quantization.formats.base import Format
 from pipeline.quantization.formats.codebook import Codebook
-from pipeline.quantization.formats.lattice import E8M0, FP16, ScaleLattice
+from pipeline.quantization.formats.lattice import E8M0, FP16, UE4M3, ScaleLattice
 
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """Table of the non-linear 4-bit types (``kvalues_iq4nl``)."""
@@ -112,6 +114,11 @@ _FORMATS = (
     _plain("TQ1_0", range(-1, 2), 256, 54),
     _plain("TQ2_0", range(-1, 3), 256, 66),
     _plain("MXFP4", FP4_LEVELS, 32, 17, integer=False, lattice=E8M0),
+    replace(
+        _plain("NVFP4", FP4_LEVELS, 16, 9, integer=False, lattice=UE4M3),
+        storage_block=64,
+        tensor_scale=1.0,
+    ),
     _hierarchical("Q2_K", range(4), 16, 84, (0, 15), sub_offset=(0, 15)),
     _hierarchical("Q3_K", range(-4, 4), 16, 110, (-32, 31)),
     _hierarchical("Q4_K", range(16), 32, 144, (0, 63), sub_offset=(0, 63)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -55,9 +55,20 @@ class ScaleLattice:
         rounded = torch.round(wide / step) * step
         return rounded.clamp(low, self.max_value).to(values.dtype)
 
+    def shifted(self, exponent: int) -> ScaleLattice:
+        """All points times ``2 ** exponent``, as under a scale that is stored once a tensor."""
+        return replace(
+            self,
+            min_step_exponent=self.min_step_exponent + exponent,
+            max_value=self.max_value * 2.0**exponent,
+        )
+
 
 FP32 = ScaleLattice("fp32", 24, -149, 3.4028234663852886e38)
 FP16 = ScaleLattice("fp16", 11, -24, 65504.0)
 BF16 = ScaleLattice("bf16", 8, -133, 3.3895313892515355e38)
 E8M0 = ScaleLattice("e8m0", 1, -128, 2.0**127, signed=False)
 """Powers of two as MXFP4 in ggml stores them, halved to meet its doubled levels; and 0."""
+UE4M3 = ScaleLattice("ue4m3", 4, -10, 224.0, signed=False)
+"""Unsigned FP8 (E4M3, at most 448, subnormal below 2^-6) as NVFP4 in ggml stores it, halved to meet
+its doubled levels."""

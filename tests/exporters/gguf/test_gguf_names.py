@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import pytest
 
-from exporters.gguf import gguf_name, pack, permute_rope, rope_heads
+from exporters.gguf import gguf_name, pack, permute_rope, rope_heads, scale_name
 from exporters.gguf.inventory import check_inventory
 from pipeline.errors import InputError, UnsupportedError
 
@@ -155,3 +155,27 @@ def test_complete_and_superfluous_tensors() -> None:
     for extra in ("rope_freqs.weight", "blk.1.attn_q.weight", "blk.0.attn_q_norm.weight"):
         with pytest.raises(UnsupportedError, match=extra):
             check_inventory(CONFIG, NAMES | {extra})
+
+
+def test_scales_of_tensors_are_refused_where_llamacpp_would_leave_them_out() -> None:
+    linears = [f"blk.0.{name}" for name in ATTENTION + MLP if not name.endswith("norm")]
+    scales = {scale_name(f"{name}.weight") for name in [*linears, "output"]}
+    assert "blk.0.ffn_up.scale" in scales
+    check_inventory(CONFIG, NAMES | scales)
+    biases = {f"{name}.bias" for name in linears if "attn" in name}
+    check_inventory({**CONFIG, "attention_bias": True}, NAMES | scales | biases)
+    for extra in ("token_embd.scale", "blk.0.attn_norm.scale", "blk.1.attn_q.scale"):
+        with pytest.raises(UnsupportedError, match=extra):
+            check_inventory(CONFIG, NAMES | {extra})
+    of_ffn = {name for name in scales if "ffn" in name}
+    qwen2, qwen2_names = (
+        {**CONFIG, "model_type": "qwen2"},
+        NAMES | biases - {"blk.0.attn_output.bias"},
+    )
+    check_inventory(qwen2, qwen2_names | scales - of_ffn)
+    of_mlp = {f"blk.0.{name}.bias" for name in MLP if not name.endswith("norm")}
+    for name in of_ffn:
+        with pytest.raises(UnsupportedError, match=name):
+            check_inventory(qwen2, qwen2_names | {name})
+        with pytest.raises(UnsupportedError, match=name):
+            check_inventory({**CONFIG, "mlp_bias": True}, NAMES | of_mlp | {name})

@@ -10,7 +10,7 @@ import torch
 
 from exporters.gguf import ggml_type, pack
 from pipeline.errors import UnsupportedError, VerificationError
-from pipeline.quantization.formats import E8M0, GGML_FORMATS, QuantizedTensor, get_format
+from pipeline.quantization.formats import E8M0, GGML_FORMATS, UE4M3, QuantizedTensor, get_format
 
 TYPES = tuple(GGML_FORMATS)
 CODEBOOKS = tuple(name for name, fmt in GGML_FORMATS.items() if fmt.codebook)
@@ -28,11 +28,11 @@ def random_halves(rng: np.random.Generator, shape: tuple[int, ...]) -> torch.Ten
 
 def random_tensor(name: str, rows: int = 7, blocks: int = 3, seed: int = 0) -> QuantizedTensor:
     fmt, rng = GGML_FORMATS[name], np.random.default_rng(seed)
-    width = blocks * fmt.super_group
+    width = blocks * fmt.stored_block(256)
     codes = rng.integers(fmt.code_min, fmt.code_min + len(fmt.levels), (rows, width))
     if fmt.codebook is not None:
         codes = random_vectors(rng, name, rows, width)
-    per_super, per_group = (rows, blocks), (rows, width // fmt.group_size)
+    per_super, per_group = (rows, width // fmt.super_group), (rows, width // fmt.group_size)
 
     def integers(limits: tuple[int, int]) -> torch.Tensor:
         found = rng.integers(limits[0], limits[1] + 1, per_group)
@@ -43,6 +43,9 @@ def random_tensor(name: str, rows: int = 7, blocks: int = 3, seed: int = 0) -> Q
     if fmt.scale_lattice is E8M0:
         exponents = torch.from_numpy(rng.integers(-128, 128, per_super))
         scales["d"] = torch.ldexp(torch.ones(per_super), exponents)
+    if fmt.scale_lattice is UE4M3:
+        numbers = torch.from_numpy(rng.integers(0, 0x7F, per_super, np.uint8))
+        scales["d"] = numbers.view(torch.float8_e4m3fn).float() / 2
     if fmt.sub_scale:
         scales["sc"] = integers(fmt.sub_scale)
     if fmt.sub_offset:
@@ -87,7 +90,7 @@ def test_the_gguf_package_decodes_what_the_solver_evaluated(name: str) -> None:
 @pytest.mark.parametrize("name", SCALAR)
 def test_every_code_in_every_place(name: str) -> None:
     fmt = GGML_FORMATS[name]
-    block, levels = fmt.super_group, len(fmt.levels)
+    block, levels = fmt.stored_block(256), len(fmt.levels)
     places = (np.arange(levels)[:, None] + np.arange(block)) % levels + fmt.code_min
     tensor = random_tensor(name, rows=levels, blocks=1)
     tensor = QuantizedTensor(fmt, torch.from_numpy(places.astype(np.int8)), tensor.scales)
@@ -160,7 +163,7 @@ def test_sub_scales_are_odd(name: str) -> None:
 @pytest.mark.parametrize("name", TYPES)
 def test_bytes_of_the_c_quantizer_survive_decoding_and_repacking(name: str) -> None:
     fmt, rng = GGML_FORMATS[name], np.random.default_rng(2)
-    weights = rng.standard_normal((5, 2 * fmt.super_group)).astype(np.float32)
+    weights = rng.standard_normal((5, 2 * fmt.stored_block(256))).astype(np.float32)
     expected = ggml_oracle.quantize(ggml_type(name).type_id, weights)
     scales = stored_scales(name, expected.reshape(-1, ggml_type(name).nbytes))
     scales = {key: torch.from_numpy(value.reshape(5, -1)) for key, value in scales.items()}
@@ -190,6 +193,9 @@ def stored_scales(name: str, blocks: np.ndarray) -> dict[str, np.ndarray]:
 
     if name == "MXFP4":
         return {"d": np.ldexp(np.float32(1), blocks[:, :1].astype(int) - 128)}
+    if name == "NVFP4":
+        numbers = torch.from_numpy(blocks[:, :4].copy()).view(torch.float8_e4m3fn)
+        return {"d": numbers.float().numpy() / 2}
     if name == "Q6_K":
         return {"d": half(208), "sc": blocks[:, 192:208].copy().view(np.int8)}
     if name == "Q2_K":
@@ -316,3 +322,33 @@ def test_powers_of_two_are_stored_as_their_exponents() -> None:
     assert not packed[2].any()  # the exponent cannot say 0, so the codes must
     with pytest.raises(VerificationError, match="e8m0"):
         pack(QuantizedTensor(fmt, codes, {"d": torch.full((3, 1), 0.75)}))
+
+
+@pytest.mark.parametrize("tensor_scale", [1.0, 2.0**-13, 2.0**5])
+def test_every_scale_of_nvfp4_is_stored_as_e4m3(tensor_scale: float) -> None:
+    """All 127 numbers, subnormals and 448 among them, decoded by the C library."""
+    fmt = GGML_FORMATS["NVFP4"].at_tensor_scale(tensor_scale)
+    numbers = torch.arange(0x7F, dtype=torch.uint8)
+    halves = numbers.view(torch.float8_e4m3fn).float() / 2
+    codes = (torch.arange(127 * 64) % 15).reshape(127, 64).to(torch.int8)
+    scales = {"d": (halves * tensor_scale)[:, None].repeat(1, 4)}
+    tensor = QuantizedTensor(fmt, codes, scales)
+    packed = pack(tensor)
+    assert packed.shape == (127, 36)
+    assert (packed[:, :4] == numbers.numpy()[:, None]).all()
+    assert not packed[0].any()  # under a scale of 0 no code is left
+    decoded = ggml_oracle.dequantize(ggml_type("NVFP4").type_id, packed, 64)
+    assert same_bits(decoded * np.float32(tensor_scale), tensor.dequantize())
+    by_package = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.NVFP4)
+    assert same_bits(by_package * np.float32(tensor_scale), tensor.dequantize())
+
+
+def test_scales_that_nvfp4_lacks() -> None:
+    fmt = GGML_FORMATS["NVFP4"].at_tensor_scale(2.0**-10)
+    codes = torch.zeros(2, 64, dtype=torch.int8)
+    for wrong in (240.0, -1.0, 17 / 16, 2.0**-11):
+        scales = {"d": torch.full((2, 4), wrong * 2.0**-10)}
+        with pytest.raises(VerificationError, match="ue4m3"):
+            pack(QuantizedTensor(fmt, codes, scales))
+    with pytest.raises(UnsupportedError, match="96"):
+        pack(QuantizedTensor(fmt, torch.zeros(2, 96, dtype=torch.int8), {"d": torch.ones(2, 6)}))

@@ -20,7 +20,7 @@ from tests.pipeline.quantization.test_sequential import layer
 
 FORMATS = [
     *("Q2_0", "Q4_0", "Q4_1", "Q6_K", "INT3_G32", "INT2"),
-    *("Q2_K", "Q4_K", "IQ4_XS", "MXFP4"),
+    *("Q2_K", "Q4_K", "IQ4_XS", "MXFP4", "NVFP4"),
 ]
 
 

@@ -168,6 +168,7 @@ def test_gradients_of_real_rounding_lower_the_loss(folders: dict[str, Path]) -> 
         ("INT3", 1.1),
         ("INT4_G32", 1.15),
         ("Q4_0", 1.15),
+        ("NVFP4", 1.15),
     ],
 )
 def test_quick_rounding_is_the_formats_and_nearly_the_best(kind: str, worst: float) -> None:

@@ -14,12 +14,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from exporters.onnx.names import GROUPS
+from exporters.onnx.names import EMBEDDING, GROUPS
 from pipeline.errors import UnsupportedError, VerificationError
 from pipeline.quantization.formats import Format, QuantizedTensor, zero_offset, zero_points
 
 OUTPUTS_AT_2_BITS = 4
-"""ONNX Runtime repacks 2-bit weights wrongly where this does not divide the number of outputs."""
+"""ONNX Runtime repacks 2-bit weights wrongly where this does not divide the number of outputs.
+
+No matter for an embedding: a tied head is computed in 4 bits, see `exporters.onnx.table`."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def storage_of(fmt: Format, shape: tuple[int, ...], name: str = "a matrix") -> S
         raise UnsupportedError(f"{name} of shape {shape} in {fmt.name}", why="it is not a matrix")
     outputs, inputs = shape
     group = fmt.group_of(inputs)
-    if group not in GROUPS[bits]:
+    if not fmt.group_size or group not in GROUPS[bits]:
         raise UnsupportedError(
             f"groups of {group} in {name} at {bits} bits",
             why="ONNX Runtime has no fast kernel for them, or computes them wrongly",
@@ -102,7 +104,7 @@ def storage_of(fmt: Format, shape: tuple[int, ...], name: str = "a matrix") -> S
             f"{name} has {inputs} inputs, which do not divide into groups of {group}",
             fix="use a smaller group size for this matrix",
         )
-    if bits == 2 and outputs % OUTPUTS_AT_2_BITS:
+    if bits == 2 and outputs % OUTPUTS_AT_2_BITS and name != EMBEDDING:
         raise UnsupportedError(
             f"{name} has {outputs} outputs, which 2 bits cannot hold in ONNX",
             why=f"ONNX Runtime computes 2-bit weights wrongly where {OUTPUTS_AT_2_BITS} does not "

@@ -14,8 +14,8 @@ import torch
 
 from exporters.onnx import Rotary, WeightEntry, integer_weight, write_onnx
 from exporters.onnx.decoder import decoder_model
+from exporters.onnx.entries import Content
 from exporters.onnx.rotation import KroneckerPair
-from exporters.onnx.weights import Content
 from pipeline.quantization.formats import QuantizedTensor
 from pipeline.recipe import Recipe
 from pipeline.stages.export import method_of

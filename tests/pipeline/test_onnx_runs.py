@@ -36,6 +36,7 @@ QUICK = {
 ONNX = {**QUICK, "target": "onnx"}
 LEVELS = {"bytes", "tokens", "census", "twin", "greedy", "deployed", "quality"}
 MODEL, DATA = "model.onnx", "model.onnx_data"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
@@ -205,8 +206,7 @@ def test_a_tokenizer_that_gguf_has_no_words_for_is_no_matter_for_onnx(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"type": "INT4_G32", "token_embedding_type": "INT4_G32"}, "token embedding in INT4_G32"),
-        ({"type": "INT4_G32", "pure": True, "token_embedding_type": None}, "embedding in INT4_G32"),
+        ({"type": "INT4_G32", "tensor_types": ("ffn_up=INT2_G64",)}, "126 outputs, which 2 bits"),
         ({"type": "INT2_G64"}, "126 outputs, which 2 bits cannot hold"),
     ],
 )
@@ -265,18 +265,53 @@ def test_tables_that_the_target_cannot_hold_are_made_anew_and_counted(tmp_path: 
 @pytest.mark.parametrize(
     ("tables", "replaced"),
     [
-        ({"pure": True, "token_embedding_type": "Q4_0"}, "Q4_0 -> Q8_0 (made anew"),
+        ({"pure": True, "token_embedding_type": "Q4_1"}, "Q4_1 -> Q8_0 (made anew"),
         ({"token_embedding_type": "Q8_0", "output_tensor_type": "Q5_0"}, "Q5_0 -> Q8_0 (made anew"),
     ],
     ids=["pure", "own head"],
 )
-def test_tables_that_onnx_cannot_gather_or_hold(
+def test_tables_that_onnx_cannot_hold(
     tables: dict[str, Any], replaced: str, tmp_path: Path
 ) -> None:
     deploy(trained_checkpoint("llama"), tmp_path / "gguf", {**QUICK, "type": "Q4_0", **tables})
     report = export(tmp_path / "gguf", "onnx", tmp_path / "onnx")
     assert report.exit_code == 0
     assert any(replaced in note for note in report.notes)
+
+
+def test_a_narrow_table_is_taken_over_from_gguf_and_back(tmp_path: Path) -> None:
+    options = {**QUICK, "type": "Q4_0", "token_embedding_type": "Q4_0"}
+    deploy(trained_checkpoint("llama"), tmp_path / "gguf", options)
+    report = export(tmp_path / "gguf", "onnx", tmp_path / "onnx")
+    assert report.exit_code == 0
+    assert not report.counts["types replaced"]
+    assert manifest_of(tmp_path / "onnx")["tensors"][EMBEDDING]["type"] == "Q4_0"
+    assert export(tmp_path / "onnx", "gguf", tmp_path / "again").exit_code == 0
+    assert digest_of_model(tmp_path / "again") == digest_of_model(tmp_path / "gguf")
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"target": "gguf,onnx", "type": "Q4_0", "token_embedding_type": "Q4_0"}),
+        ("qwen2", {"type": "INT4_G32", "token_embedding_type": "INT4_G32"}),
+        ("llama", {"type": "UINT4_G32", "token_embedding_type": None, "pure": True}),
+        ("qwen3", {"type": "INT4_G32", "token_embedding_type": "UINT2_G32"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["type"],
+)
+def test_tables_of_packed_rows(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = trained_checkpoint(family)
+    report = deploy(model, tmp_path / "out", {**ONNX, **options})
+    assert report.exit_code == 0, report.gates
+    census = next(gate for gate in report.gates if gate.level == "census")
+    config = json.loads((model / "config.json").read_text())
+    tied = config.get("tie_word_embeddings", False)
+    held = [n for n in read_onnx(tmp_path / "out" / MODEL).types if n.startswith("lm_head")]
+    assert bool(held) != tied
+    assert census.figure == "15 fused"
+    kind = options["token_embedding_type"] or options["type"]
+    assert read_onnx(tmp_path / "out" / MODEL).types[EMBEDDING] == kind
 
 
 def test_what_cannot_be_taken_over(both: Path, tmp_path: Path) -> None:

@@ -174,7 +174,7 @@ def test_damaged_zero_points_are_noticed(tmp_path: Path) -> None:
     for array in (np.zeros((4, 64), np.uint8), np.zeros((2, 64), ml_dtypes.uint4)):
         zeros.CopyFrom(numpy_helper.from_array(array, zeros.name))
         onnx.save(proto, str(path), save_as_external_data=True, location="model.onnx_data")
-        with pytest.raises(InputError, match="zero point"):
+        with pytest.raises(InputError, match=r"zero[ _]point"):
             read_onnx(path).quantized(name)
         proto = onnx.load(str(path))
         zeros = next(t for t in proto.graph.initializer if t.name == f"{name}_zero_point")

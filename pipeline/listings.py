@@ -27,6 +27,9 @@ def types() -> dict[str, str]:
         listed[f"INT{bits}_G<group>"] = f"ONNX: {bits} bits{container}, one scale for {groups}"
         if bits <= MOST_ZERO_POINT_BITS:
             listed[f"UINT{bits}_G<group>"] = "ONNX: likewise, and an integer zero point"
+    groups = ", ".join(map(str, groups_of(8)))
+    listed["FP4_G<group>"] = f"ONNX: E2M1 by a table, one scale for {groups}"
+    listed["FP8_G<group>"] = "ONNX: E4M3, likewise; expanded in every call, slow"
     return listed
 
 

@@ -21,7 +21,7 @@ EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
 
 def rounded(weight: torch.Tensor, type_name: str) -> QuantizedTensor:
-    """Nearest codes under an fp16 scale a group; every second scale is negative, or there are zero
+    """Nearest codes under one scale a group; every second scale is negative, or there are zero
     points."""
     fmt = get_format(type_name)
     group = fmt.group_of(weight.shape[1])
@@ -33,9 +33,16 @@ def rounded(weight: torch.Tensor, type_name: str) -> QuantizedTensor:
         codes = (groups / d[..., None] + zeros[..., None]).round().clamp(0, fmt.levels[-1])
         fields = {"d": d, "m": 0.0 - d * zeros}
         return QuantizedTensor(fmt, codes.reshape(weight.shape).to(torch.int8), fields)
-    d = (groups.abs().amax(-1) / max(abs(fmt.levels[0]), fmt.levels[-1])).half().float()
-    d[:, ::2] *= -1
-    codes = (groups / d[..., None]).round().clamp(fmt.levels[0], fmt.levels[-1])
+    d = groups.abs().amax(-1) / max(abs(fmt.levels[0]), fmt.levels[-1])
+    d = fmt.scale_lattice.round(d)
+    if fmt.scale_lattice.signed:
+        d[:, ::2] *= -1
+    ratio = (groups / d[..., None]).clamp(fmt.levels[0], fmt.levels[-1])
+    if max(fmt.levels) == -min(fmt.levels) and len(fmt.levels) in (15, 253):
+        nearest = (ratio[..., None].double() - fmt.grid).abs().argmin(-1)
+        codes = nearest + fmt.code_min
+    else:
+        codes = ratio.round()
     return QuantizedTensor(fmt, codes.reshape(weight.shape).to(torch.int8), {"d": d})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporters.onnx import planes
-from exporters.onnx.integers import IntegerWeight, Storage, storage_of
+from exporters.onnx.integers import IntegerWeight, Storage, bit_patterns, storage_of
 from exporters.onnx.names import EMBEDDING
 from pipeline.errors import InputError, VerificationError
 from pipeline.quantization.formats import get_format
@@ -28,7 +29,9 @@ UNSIGNED = {
     2: (ir.DataType.UINT2, ml_dtypes.uint2),
     4: (ir.DataType.UINT4, ml_dtypes.uint4),
 }
-"""Likewise, with zero points."""
+"""Likewise, with zero points; and bit patterns of E2M1."""
+
+E4M3 = (ir.DataType.FLOAT8E4M3FN, ml_dtypes.float8_e4m3fn)
 
 Content = IntegerWeight | NDArray[np.float32]
 
@@ -62,11 +65,9 @@ class WeightEntry:
 
     @property
     def product_bits(self) -> int | None:
-        """Width in which ONNX Runtime computes a product with it; None for floats."""
-        storage = self.storage
-        if storage is None:
-            return None
-        return max(4, storage.bits) if self.name == EMBEDDING else storage.bits
+        """Bits in which ONNX Runtime multiplies by it; None if they are floats."""
+        bits = None if self.storage is None else self.storage.product_bits
+        return 4 if bits == 2 and self.name == EMBEDDING else bits
 
     @property
     def in_planes(self) -> bool:
@@ -125,6 +126,13 @@ class Contents:
             raise VerificationError(f"tensor {entry.name} is not the {entry.type} announced")
         return found
 
+    def patterns(self, entry: WeightEntry) -> NDArray[np.int8] | NDArray[np.uint8]:
+        """Its codes, [out, in]: integers, or bit patterns of floating-point numbers."""
+        weight = self.integers(entry)
+        return (
+            weight.codes if weight.number == "integer" else bit_patterns(weight.codes, weight.bits)
+        )
+
     def zeros(self, entry: WeightEntry) -> NDArray[np.int8]:
         """Its zero points, int8 [out, groups].
 
@@ -135,6 +143,19 @@ class Contents:
         if zeros is None:
             raise VerificationError(f"tensor {entry.name} has no zero points")
         return zeros
+
+
+def code_type(storage: Storage) -> tuple[ir.DataType, Any]:
+    """ONNX type and its NumPy type of codes that lie as [in, out]."""
+    if storage.number == "e4m3":
+        return E4M3
+    unsigned = storage.unsigned or storage.number == "e2m1"
+    return (UNSIGNED if unsigned else INTEGERS)[storage.bits]
+
+
+def scale_type(storage: Storage) -> ir.DataType:
+    """ONNX type of stored scales."""
+    return ir.DataType.UINT8 if storage.exponents else ir.DataType.FLOAT16
 
 
 def quantized(entry: WeightEntry) -> Storage:

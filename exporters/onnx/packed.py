@@ -14,7 +14,7 @@ from exporters.onnx.graph_builder import GraphBuilder
 from pipeline.errors import InputError
 
 
-def pack_rows(codes: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
+def pack_rows(codes: NDArray[np.integer], bits: int) -> NDArray[np.uint8]:
     """The lowest bits of each code, a row in whole bytes.
 
     Args:

@@ -17,12 +17,18 @@ from numpy.typing import NDArray
 from onnx import external_data_helper, numpy_helper
 
 from exporters.onnx import planes
-from exporters.onnx.entries import FLOATS, INTEGERS, UNSIGNED
-from exporters.onnx.integers import IntegerWeight, Storage, quantized_tensor, storage_of
+from exporters.onnx.entries import FLOATS, INTEGERS, code_type
+from exporters.onnx.integers import (
+    IntegerWeight,
+    Storage,
+    places,
+    quantized_tensor,
+    storage_of,
+)
 from exporters.onnx.names import DATA, EMBEDDING, HIGH, LOW, QUANTIZED, SCALE, TYPES, ZERO
 from exporters.onnx.packed import sign_extended, unpack_rows
 from pipeline.errors import InputError, PipelineError
-from pipeline.quantization.formats import QuantizedTensor, get_format
+from pipeline.quantization.formats import E8M0, QuantizedTensor, get_format
 
 Codes = NDArray[np.int8]
 
@@ -54,15 +60,17 @@ class OnnxFile:
         scales = self._array(name + SCALE)
         try:
             fmt = get_format(kind)
-            if scales.dtype != np.float16:
+            if scales.dtype != (np.uint8 if fmt.scale_lattice is E8M0 else np.float16):
                 raise InputError(f"{name} has {scales.dtype} scales")
             rows = name == EMBEDDING  # the only one that lies as rows
-            held = np.ascontiguousarray((scales if rows else scales.T).astype(np.float16))
+            held: Any = np.ascontiguousarray(scales if rows else scales.T)
             width = held.shape[-1] * fmt.group_size
             storage = storage_of(fmt, (len(held), width), name)
             codes, zeros = (self._rows if rows else self._columns)(name, storage, held.shape[-1])
+            if storage.number != "integer":
+                codes = places(codes.astype(np.uint8), storage.bits)
             codes = np.ascontiguousarray(codes)
-            weight = IntegerWeight(storage.bits, storage.group, codes, held, zeros)
+            weight = IntegerWeight(storage.bits, storage.group, codes, held, zeros, storage.number)
             return quantized_tensor(weight, fmt, name)
         except PipelineError as error:
             raise InputError(
@@ -71,13 +79,14 @@ class OnnxFile:
 
     def _columns(self, name: str, storage: Storage, _: int) -> tuple[Codes, Codes | None]:
         """Codes and zero points that lie as [in, out]."""
-        wanted = (UNSIGNED if storage.unsigned else INTEGERS)[storage.bits][1]
+        wanted = code_type(storage)[1]
         if name + LOW in self._tensors:
             low, high = self._array(name + LOW), self._array(name + HIGH)
             codes = planes.join(low.astype(np.uint8, copy=False), high.astype(np.uint8, copy=False))
             codes = codes if storage.unsigned else codes - np.int8(planes.OFFSET)
         else:
-            codes = self._array_of(name + QUANTIZED, wanted).astype(np.int8)
+            stored = self._array_of(name + QUANTIZED, wanted)
+            codes = stored.view(np.int8) if storage.number == "e4m3" else stored.astype(np.int8)
         if not storage.unsigned:
             return codes.T, None
         return codes.T, np.ascontiguousarray(self._array_of(name + ZERO, wanted).T.astype(np.int8))
@@ -94,6 +103,8 @@ class OnnxFile:
             codes = codes | high << np.int8(planes.LOW_BITS)
         else:
             codes = unpack_rows(self._array(name + QUANTIZED), bits, count)
+        if storage.number != "integer":
+            return codes, None
         if not storage.unsigned:
             return sign_extended(codes, bits), None
         return codes, unpack_rows(self._array(name + ZERO), storage.bits, groups)

@@ -4,6 +4,8 @@ A DequantizeLinear before the Gather would expand the whole table for every toke
 bytes (floats, 8 bits) are gathered as they are. ONNX gathers nothing narrower: 2 to 4 bits lie
 packed in bytes (`exporters.onnx.packed`), of which the gathered ones alone are unpacked.
 
+E2M1 looks its values up among floats, as do exponents of E8M0.
+
 A tied head unpacks the same bytes once, as ONNX Runtime folds constants, into the 4-bit weight of a
 MatMulNBits; 2-bit codes as well, because it cannot fold a Cast to 2 bits.
 """
@@ -17,11 +19,34 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporters.onnx.entries import FLOATS, INTEGERS, Contents, WeightEntry, quantized
+from exporters.onnx import lookup
+from exporters.onnx.entries import (
+    FLOATS,
+    INTEGERS,
+    Contents,
+    WeightEntry,
+    quantized,
+    scale_type,
+)
 from exporters.onnx.graph_builder import GraphBuilder
 from exporters.onnx.names import HEAD, HIGH, LOW, QUANTIZED, SCALE, ZERO
 from exporters.onnx.packed import pack_rows, unpacked
 from exporters.onnx.planes import LOW_BITS, WIDTH
+from pipeline.errors import UnsupportedError
+
+
+def check_table(entry: WeightEntry) -> None:
+    """Refuses an embedding whose rows cannot be gathered.
+
+    Raises:
+        UnsupportedError: It is E4M3.
+    """
+    if entry.storage is not None and entry.storage.number == "e4m3":
+        raise UnsupportedError(
+            f"the token embedding in {entry.type}",
+            why="ONNX gathers no FLOAT8 and nothing fuses it into a tied head",
+            fix="use F16, INT8_G32 or INT4_G32 for it",
+        )
 
 
 class Table:
@@ -31,9 +56,13 @@ class Table:
         build: Graph under construction.
         entry: The embedding.
         contents: Reads its data.
+
+    Raises:
+        UnsupportedError: See `check_table`.
     """
 
     def __init__(self, build: GraphBuilder, entry: WeightEntry, contents: Contents) -> None:
+        check_table(entry)
         self._build, self._entry, self._contents = build, entry, contents
 
     def embed(self, ids: ir.Value) -> ir.Value:
@@ -49,7 +78,6 @@ class Table:
 
         def of_each_group(values: ir.Value, word: str) -> ir.Value:
             last = build.constant([-1], np.int64)
-            values = self._float(values, f"{entry.name}.group_{word}")
             return build.op("Unsqueeze", values, last, name=f"{entry.name}.group_{word}")
 
         if entry.storage.bits == 8:
@@ -59,12 +87,13 @@ class Table:
         else:
             parts = [(gather(part, f"rows.{bits}"), bits) for part, bits in self._codes]
             rows = self._unpacked(parts, [0, 0, self._groups, group], f"{entry.name}.rows")
-            rows = self._float(self._signed(rows, f"{entry.name}.rows"), name)
+            rows = self._values(rows, name)
         if self._zeros is not None:
             zeros = self._zero_points(gather(self._zeros, "zeros"), [0, 0], "zeros")
+            zeros = self._float(zeros, f"{entry.name}.group_zeros")
             rows = build.op("Sub", rows, of_each_group(zeros, "zeros"), name=name)
-        scales = of_each_group(gather(self._scales, "scales"), "scales")
-        rows = build.op("Mul", rows, scales, name=name)
+        scales = self._scale_values(gather(self._scales, "scales"), f"{entry.name}.group_scales")
+        rows = build.op("Mul", rows, of_each_group(scales, "scales"), name=name)
         joined = build.constant([0, 0, entry.shape[1]], np.int64)
         return build.op("Reshape", rows, joined, name=f"{entry.name}.joined")
 
@@ -76,7 +105,7 @@ class Table:
             return turned if entry.type == "F32" else self._float(turned, HEAD)
         inputs = [
             self._turned(self._whole_codes(), f"{HEAD}.tied"),
-            self._float(self._turned(self._scales, f"{HEAD}.tied.scales"), f"{HEAD}{SCALE}"),
+            self._scale_values(self._turned(self._scales, f"{HEAD}.tied.scales"), f"{HEAD}{SCALE}"),
         ]
         if self._zeros is not None:
             zeros = self._zero_points(self._zeros, [entry.shape[0]], "tied.zeros")
@@ -86,11 +115,13 @@ class Table:
         return build.op("DequantizeLinear", *inputs, name=HEAD, axis=0, block_size=group)
 
     def _whole_codes(self) -> ir.Value:
-        """All codes as INT8, INT4 or UINT4 [vocabulary, hidden]."""
+        """All codes as INT8, INT4 or UINT4 [vocabulary, hidden], which are numbers."""
         if quantized(self._entry).bits == 8:
             return self._codes[0][0]
         name = f"{HEAD}.unpacked"
         codes = self._unpacked(self._codes, list(self._entry.shape), name)
+        if quantized(self._entry).number == "e2m1":
+            return lookup.doubled_e2m1(self._build, codes, np.int8, f"{name}.codes")
         if quantized(self._entry).unsigned:
             return self._build.op("Cast", codes, name=f"{name}.codes", to=ir.DataType.UINT4)
         codes = self._signed(codes, name)
@@ -105,6 +136,18 @@ class Table:
         up = build.constant(LOW_BITS, np.uint8)
         high = build.op("BitShift", found[1], up, name=f"{name}.high", direction="LEFT")
         return build.op("BitwiseOr", found[0], high, name=name)
+
+    def _values(self, codes: ir.Value, name: str) -> ir.Value:
+        """What bit patterns stand for, float32; zero points are not taken off."""
+        if quantized(self._entry).number == "e2m1":
+            return lookup.doubled_e2m1(self._build, codes, np.float32, name)
+        return self._float(self._signed(codes, name), name)
+
+    def _scale_values(self, scales: ir.Value, name: str) -> ir.Value:
+        """Scales in float32."""
+        if quantized(self._entry).exponents:
+            return lookup.powers(self._build, scales, name)
+        return self._float(scales, name)
 
     def _signed(self, codes: ir.Value, name: str) -> ir.Value:
         """Bit patterns as two's complement, int8; unsigned codes as they are."""
@@ -149,8 +192,8 @@ class Table:
         """Initializers of the codes, and the bits of a code that each holds."""
         width, bits = self._entry.shape[1], quantized(self._entry).bits
 
-        def codes() -> NDArray[np.int8]:
-            return self._contents.integers(self._entry).codes
+        def codes() -> NDArray[np.int8] | NDArray[np.uint8]:
+            return self._contents.patterns(self._entry)
 
         def packed(suffix: str, bits: int, down: int = 0) -> tuple[ir.Value, int]:
             read = lambda: pack_rows(codes() >> np.int8(down), bits)  # noqa: E731
@@ -165,7 +208,7 @@ class Table:
     @cached_property
     def _scales(self) -> ir.Value:
         read = lambda: self._contents.integers(self._entry).scales  # noqa: E731
-        return self._stored(SCALE, ir.DataType.FLOAT16, self._groups, read)
+        return self._stored(SCALE, scale_type(quantized(self._entry)), self._groups, read)
 
     @cached_property
     def _zeros(self) -> ir.Value | None:

@@ -9,8 +9,15 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporters.onnx import planes
-from exporters.onnx.entries import FLOATS, INTEGERS, UNSIGNED, Contents, WeightEntry, quantized
+from exporters.onnx import lookup, planes
+from exporters.onnx.entries import (
+    FLOATS,
+    Contents,
+    WeightEntry,
+    code_type,
+    quantized,
+    scale_type,
+)
 from exporters.onnx.graph_builder import GraphBuilder
 from exporters.onnx.names import EMBEDDING, HIGH, LOW, QUANTIZED, SCALE, ZERO
 from exporters.onnx.table import Table
@@ -53,7 +60,8 @@ class Weights:
 
         A quantized weight lies as [in, out] and goes through one DequantizeLinear along its first
         axis with a constant float32 scale into one MatMul: the form that ONNX Runtime fuses into
-        MatMulNBits. The scale is a Cast of fp16, which is computed as the file is loaded.
+        MatMulNBits. The scale is a Cast of fp16, which is computed as the file is loaded. E4M3 has
+        the same form and is not fused: ONNX Runtime expands it in every call.
         """
         module = name.removesuffix(".weight")
         y = self._build.op("MatMul", x, self._matrix(name), name=module)
@@ -76,9 +84,14 @@ class Weights:
         codes, *scales = self._initializers(entry)
         if not scales:
             return codes if entry.type == "F32" else self._cast(codes, name)
-        scale = self._cast(scales[0], f"{name}{SCALE}")
-        group = quantized(entry).group
-        inputs = (codes, scale, *scales[1:])
+        storage, word = quantized(entry), f"{name}{SCALE}"
+        if storage.number == "e2m1":
+            codes = lookup.doubled_e2m1(self._build, codes, np.int8, name)
+        powers = storage.exponents
+        scale = (
+            lookup.powers(self._build, scales[0], word) if powers else self._cast(scales[0], word)
+        )
+        inputs, group = (codes, scale, *scales[1:]), storage.group
         return self._build.op("DequantizeLinear", *inputs, name=name, axis=0, block_size=group)
 
     def _cast(self, value: ir.Value, name: str) -> ir.Value:
@@ -99,22 +112,19 @@ class Weights:
             return (
                 make("", FLOATS[entry.type], width, lambda: self._contents.floats(entry, numpy)),
             )
-        dtype, packed = (UNSIGNED if storage.unsigned else INTEGERS)[storage.bits]
-        groups = width // storage.group
-        if entry.in_planes:
-            codes = self._joined(entry)
-        else:
-            codes = make(
-                QUANTIZED, dtype, width, lambda: self._contents.integers(entry).codes.astype(packed)
-            )
-        scales = make(SCALE, FLOATS["F16"], groups, lambda: self._contents.integers(entry).scales)
+        dtype, numpy_type = code_type(storage)
+        groups, contents = width // storage.group, self._contents
+
+        def patterns() -> np.ndarray:
+            found = contents.patterns(entry)
+            return found.view(numpy_type) if storage.number == "e4m3" else found.astype(numpy_type)
+
+        codes = self._joined(entry) if entry.in_planes else make(QUANTIZED, dtype, width, patterns)
+        scales = make(SCALE, scale_type(storage), groups, lambda: contents.integers(entry).scales)
         if not storage.unsigned:
             return codes, scales
-        return (
-            codes,
-            scales,
-            make(ZERO, dtype, groups, lambda: self._contents.zeros(entry).astype(packed)),
-        )
+        zeros = make(ZERO, dtype, groups, lambda: contents.zeros(entry).astype(numpy_type))
+        return codes, scales, zeros
 
     def _joined(self, entry: WeightEntry) -> ir.Value:
         """Codes [in, out] from two planes."""

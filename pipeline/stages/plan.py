@@ -18,7 +18,7 @@ from pipeline.quantization.formats import get_format
 from pipeline.quantization.layer import check_rounding
 from pipeline.recipe import Recipe, split_tensor_type
 from pipeline.stages.stored import FLOAT_TYPES
-from pipeline.targets import is_integer_type, smaller_group
+from pipeline.targets import is_onnx_type, smaller_group
 
 REPLACEMENTS = {
     **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
@@ -201,6 +201,6 @@ def _fitting(kind: str, width: int) -> str:
 
 
 def _row_bytes(kind: str, width: int, packed: bool) -> int:
-    if is_integer_type(kind):
+    if is_onnx_type(kind):  # the types that both targets hold are equally large in both
         return integer_row_bytes(get_format(kind), width, packed=packed)
     return row_bytes(kind, width)

@@ -33,6 +33,8 @@ QUICK = {
 }
 """What files say is judged here, not how good they are."""
 
+SLOW = pytest.mark.slow
+
 ONNX = {**QUICK, "target": "onnx"}
 LEVELS = {"bytes", "tokens", "census", "twin", "greedy", "deployed", "quality"}
 MODEL, DATA = "model.onnx", "model.onnx_data"
@@ -69,6 +71,8 @@ def export(folder: Path, target: str, output: Path, **options: Any) -> Report:
         *(("llama", "INT4_G32"), ("llama", "INT3_G32"), ("llama", "INT2_G32")),
         *(("qwen2", "INT4_G64"), ("qwen3", "Q2_0"), ("llama", "INT8_G128")),
         *(("llama", "UINT4_G32"), ("qwen2", "UINT2_G64"), ("llama", "UINT3_G32")),
+        ("llama", "FP8_G64"),
+        *(pytest.param(*pair, marks=SLOW) for pair in (("qwen2", "FP4_G32"), ("qwen3", "MXFP4"))),
     ],
 )
 def test_every_gate_is_green(family: str, kind: str, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ LINEAR = "model.layers.0.mlp.down_proj.weight"
         ("Q4_1", (64, 64), "cannot be stored"),
         ("Q5_0", (64, 64), "cannot be stored"),
         ("IQ4_NL", (64, 64), "cannot be stored"),
-        ("MXFP4", (64, 64), "cannot be stored"),
+        ("IQ2_XS", (64, 256), "cannot be stored"),
         ("Q2_K", (64, 256), "cannot be stored"),
         ("Q3_K", (64, 256), "cannot be stored"),
         ("Q6_K", (64, 256), "cannot be stored"),
@@ -69,7 +69,7 @@ def test_of_the_types_of_ggml_only_these_are_stored() -> None:
             return False
         return True
 
-    assert {name for name in GGML_FORMATS if accepted(name)} == {"Q2_0", "Q4_0", "Q8_0"}
+    assert {name for name in GGML_FORMATS if accepted(name)} == {"Q2_0", "Q4_0", "Q8_0", "MXFP4"}
 
 
 def solved(kind: str = "INT4_G32") -> QuantizedTensor:

@@ -87,7 +87,7 @@ def test_every_pair_of_scales_and_rounding(name: str, rounding: Rounding, scales
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_chain_is_ordered(name: str) -> None:
-    W, objective = layer(rows=24, width=32)
+    W, objective = layer(rows=48)
     base = LayerOptions()
 
     def total(options: LayerOptions) -> float:

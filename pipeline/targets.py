@@ -25,7 +25,7 @@ FLOATS = ("F16", "F32")
 DEFAULT_GROUPS = {2: 64, 3: 32, 4: 32, 8: 32}
 """Group size by bits; 2 bits in groups of 32 take ONNX Runtime more than twice as long as in 64."""
 
-_TYPE = re.compile(r"(INT(?=[2348])|UINT(?=[234])|FP(?=[48]))(\d)_G([1-9]\d*)\Z")
+_TYPE = re.compile(r"(INT(?=[2348])|UINT(?=[234])|FINT(?=[24])|FP(?=[48]))(\d)_G([1-9]\d*)\Z")
 
 
 def parse_targets(text: str) -> str:

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import torch
 
 from exporters.onnx import Rotary, WeightEntry, integer_weight, write_onnx
-from pipeline.quantization.formats import QuantizedTensor, get_format
+from pipeline.quantization.formats import QuantizedTensor, get_format, stored_pair
 from tests.tiny import random_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -26,6 +26,11 @@ def rounded(weight: torch.Tensor, type_name: str) -> QuantizedTensor:
     fmt = get_format(type_name)
     group = fmt.group_of(weight.shape[1])
     groups = weight.detach().reshape(weight.shape[0], -1, group)
+    if fmt.zero_lattice is not None:
+        low, high = groups.amin(-1), groups.amax(-1)
+        d, m = (t.float() for t in stored_pair(fmt, (high - low) / fmt.levels[-1], low))
+        codes = ((groups - m[..., None]) / d[..., None]).round().clamp(0, fmt.levels[-1])
+        return QuantizedTensor(fmt, codes.reshape(weight.shape).to(torch.int8), {"d": d, "m": m})
     if fmt.affine:
         low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
         d = ((high - low) / fmt.levels[-1]).half().float()

@@ -81,7 +81,10 @@ def decoder_model(
     )
     narrow = any(entry.product_bits == 2 for entry in entries)
     opset = max(chosen.opset, OPSET_AT_2_BITS if narrow else 0)
-    return build.model(config["model_type"], opset, IR_VERSIONS[opset], chosen.runtime_operators)
+    stored = [entry.storage for entry in entries]
+    nbits = any(storage is not None and storage.float_zeros for storage in stored)
+    own = chosen.runtime_operators or nbits
+    return build.model(config["model_type"], opset, IR_VERSIONS[opset], own)
 
 
 def _cache_shape(size: DecoderSize, length: str) -> list[str | int]:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from exporters.onnx import planes
-from exporters.onnx.integers import IntegerWeight, Storage, bit_patterns, storage_of
+from exporters.onnx.integers import IntegerWeight, Storage, Zeros, bit_patterns, storage_of
 from exporters.onnx.names import EMBEDDING
 from pipeline.errors import InputError, VerificationError
 from pipeline.quantization.formats import get_format
@@ -133,8 +133,8 @@ class Contents:
             weight.codes if weight.number == "integer" else bit_patterns(weight.codes, weight.bits)
         )
 
-    def zeros(self, entry: WeightEntry) -> NDArray[np.int8]:
-        """Its zero points, int8 [out, groups].
+    def zeros(self, entry: WeightEntry) -> Zeros:
+        """Its zero points, int8 or float16 [out, groups].
 
         Raises:
             VerificationError: See `integers`; or it has none.

@@ -10,12 +10,16 @@ Floating-point codes are a sign and a magnitude, the bit patterns of E2M1 and E4
 cast E2M1. Patterns of E2M1 are therefore UINT4 and look up a table of int8, which folds into an
 8-bit weight and is fused; exponents of E8M0 are bytes and look up a table of powers of two. Both
 are exact. A Cast of FLOAT8E8M0 would fold as well, but needs opset 24 and cannot be gathered.
+
+Float zero points exist in MatMulNBits alone, an operator of ONNX Runtime and not of the standard:
+such weights are written as that node, rows packed in bytes. It expands them to floats in every
+call. With 8 bits ONNX Runtime refuses them on the CPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,6 +46,7 @@ EXPONENT_OF_ONE = 128
 """Byte of the scale 1 in E8M0: as levels are doubled, a byte counts half of what it says."""
 
 Scales = NDArray[np.float16] | NDArray[np.uint8]
+Zeros = NDArray[np.int8] | NDArray[np.float16]
 
 OUTPUTS_AT_2_BITS = 4
 """ONNX Runtime repacks 2-bit weights wrongly where this does not divide the number of outputs.
@@ -61,6 +66,7 @@ class Storage:
         unsigned: Codes are unsigned and groups have zero points.
         number: What a code is.
         exponents: Scales are bytes of E8M0, not fp16.
+        float_zeros: Zero points are fp16, which MatMulNBits alone can take.
     """
 
     bits: int
@@ -69,10 +75,13 @@ class Storage:
     unsigned: bool = False
     number: Number = "integer"
     exponents: bool = False
+    float_zeros: bool = False
 
     @property
     def product_bits(self) -> int | None:
         """Bits in which ONNX Runtime multiplies by it; None if it expands it to floats."""
+        if self.float_zeros:
+            return None
         return {"integer": self.bits, "e2m1": 8, "e4m3": None}[self.number]
 
 
@@ -85,7 +94,7 @@ class IntegerWeight:
         group: Inputs that share a scale.
         codes: int8 [out, in]; floating-point ones are places of levels, counted from the level 0.
         scales: float16 [out, groups], or uint8 exponents 2^(e - 128).
-        zeros: Zero points of unsigned codes, int8 [out, groups]; None for signed ones.
+        zeros: Zero points of unsigned codes, int8 or float16 [out, groups]; None for signed ones.
         number: What a code is.
     """
 
@@ -93,11 +102,12 @@ class IntegerWeight:
     group: int
     codes: NDArray[np.int8]
     scales: Scales
-    zeros: NDArray[np.int8] | None = None
+    zeros: Zeros | None = None
     number: Number = "integer"
 
     def dequantize(self) -> NDArray[np.float32]:
-        """float32 [out, in]; exact, as an fp16 scale times 8 bits fits into 24."""
+        """float32 [out, in]; exact, as an fp16 scale times 8 bits fits into 24. With float zero
+        points the product rounds once."""
         scales = np.repeat(scale_values(self.scales), self.group, axis=1)
         codes = self.codes.astype(np.float32)
         if self.number != "integer":
@@ -177,14 +187,17 @@ def storage_of(fmt: Format, shape: tuple[int, ...], name: str = "a matrix") -> S
             f"{name} has {inputs} inputs, which do not divide into groups of {group}",
             fix="use a smaller group size for this matrix",
         )
-    if bits == 2 and outputs % OUTPUTS_AT_2_BITS and name != EMBEDDING:
+    float_zeros = fmt.zero_lattice is not None
+    repacked = bits == 2 and name != EMBEDDING and not float_zeros
+    if repacked and outputs % OUTPUTS_AT_2_BITS:
         raise UnsupportedError(
             f"{name} has {outputs} outputs, which 2 bits cannot hold in ONNX",
             why=f"ONNX Runtime computes 2-bit weights wrongly where {OUTPUTS_AT_2_BITS} does not "
             "divide their outputs",
             fix="use 3 or 4 bits for this matrix",
         )
-    return Storage(bits, group, negated, fmt.zero_points, number, fmt.scale_lattice is E8M0)
+    unsigned, exponents = fmt.scaled_offsets, fmt.scale_lattice is E8M0
+    return Storage(bits, group, negated, unsigned, number, exponents, float_zeros)
 
 
 def row_bytes(fmt: Format, width: int, *, packed: bool = False) -> int:
@@ -201,6 +214,7 @@ def row_bytes(fmt: Format, width: int, *, packed: bool = False) -> int:
     storage = storage_of(fmt, (OUTPUTS_AT_2_BITS, width))
     groups = width // storage.group
     zeros = -(-groups * storage.bits // 8) if storage.unsigned else 0
+    zeros = 2 * groups if storage.float_zeros else zeros
     bits = 3 if packed and len(fmt.levels) == 8 else storage.bits
     return width * bits // 8 + (1 if storage.exponents else 2) * groups + zeros
 
@@ -209,14 +223,14 @@ def _width(fmt: Format) -> tuple[int, bool, Number] | None:
     """Smallest width that holds the levels, whether they are negated for it, and what they are;
     None if there is none."""
     low, high = int(fmt.levels[0]), int(fmt.levels[-1])
-    plain = fmt.affine == fmt.zero_points and fmt.sub_scale is None
+    plain = fmt.affine == fmt.scaled_offsets and fmt.sub_scale is None
     for number, levels in FLOATING.items():
         if plain and fmt.levels == levels and fmt.scale_lattice in (FP16, E8M0):
             return (4 if number == "e2m1" else 8), False, number
     plain = plain and fmt.scale_lattice == FP16
     if not plain or fmt.levels != tuple(float(level) for level in range(low, high + 1)):
         return None
-    if fmt.zero_points:
+    if fmt.scaled_offsets:
         return {4: 2, 8: 4, 16: 4, 256: 8}[len(fmt.levels)], False, "integer"
     # 5 to 7 bits would fill a byte just as 8 do: the file would not be what was asked for.
     for bits, fewest_levels in ((2, 1), (4, 5), (8, 129)):
@@ -290,12 +304,13 @@ def _stored_scales(d: NDArray[np.float32], storage: Storage, name: str) -> Scale
     return scales
 
 
-def _zeros(quantized: QuantizedTensor, name: str) -> NDArray[np.int8]:
+def _zeros(quantized: QuantizedTensor, name: str) -> Zeros:
     d, m = quantized.scales["d"], quantized.scales["m"]
     zeros = zero_points(quantized.format, d, m)
     if not torch.equal(zero_offset(d, zeros), m):
-        raise VerificationError(f"an offset of {name} is no integer zero point")
-    found: NDArray[np.int8] = zeros.cpu().numpy().astype(np.int8)
+        raise VerificationError(f"an offset of {name} is no zero point times its scale")
+    kind = np.int8 if quantized.format.zero_points else np.float16
+    found: Any = zeros.cpu().numpy().astype(kind)
     return found
 
 
@@ -322,7 +337,13 @@ def quantized_tensor(stored: IntegerWeight, fmt: Format, name: str = "a matrix")
         raise VerificationError(f"a code of {name} is none of {fmt.name}")
     fields = {"d": torch.from_numpy(sign * scale_values(stored.scales))}
     if storage.unsigned:
-        if stored.zeros is None or stored.zeros.shape != groups:
+        if stored.zeros is None or (stored.zeros.shape, stored.zeros.dtype == np.float16) != (
+            groups,
+            storage.float_zeros,
+        ):
             raise VerificationError(f"{name} has no zero point for each of its groups")
-        fields["m"] = zero_offset(fields["d"], torch.from_numpy(stored.zeros).float())
+        zeros = torch.from_numpy(stored.zeros).float()
+        if fmt.zero_lattice is not None and not torch.equal(fmt.zero_lattice.round(zeros), zeros):
+            raise VerificationError(f"a zero point of {name} is none of {fmt.name}")
+        fields["m"] = zero_offset(fields["d"], zeros)
     return canonical(QuantizedTensor(fmt, torch.from_numpy(codes.astype(np.int8)), fields))

@@ -21,6 +21,7 @@ from exporters.onnx.entries import FLOATS, INTEGERS, code_type
 from exporters.onnx.integers import (
     IntegerWeight,
     Storage,
+    Zeros,
     places,
     quantized_tensor,
     storage_of,
@@ -62,11 +63,13 @@ class OnnxFile:
             fmt = get_format(kind)
             if scales.dtype != (np.uint8 if fmt.scale_lattice is E8M0 else np.float16):
                 raise InputError(f"{name} has {scales.dtype} scales")
-            rows = name == EMBEDDING  # the only one that lies as rows
+            blobs = fmt.zero_lattice is not None
+            rows = blobs or name == EMBEDDING  # all others lie turned
             held: Any = np.ascontiguousarray(scales if rows else scales.T)
             width = held.shape[-1] * fmt.group_size
+            read = self._blobs if blobs else self._rows if rows else self._columns
             storage = storage_of(fmt, (len(held), width), name)
-            codes, zeros = (self._rows if rows else self._columns)(name, storage, held.shape[-1])
+            codes, zeros = read(name, storage, held.shape[-1])
             if storage.number != "integer":
                 codes = places(codes.astype(np.uint8), storage.bits)
             codes = np.ascontiguousarray(codes)
@@ -77,7 +80,13 @@ class OnnxFile:
                 f"{self.path}: {name} is not the {kind} announced", why=str(error)
             ) from error
 
-    def _columns(self, name: str, storage: Storage, _: int) -> tuple[Codes, Codes | None]:
+    def _blobs(self, name: str, storage: Storage, groups: int) -> tuple[Codes, Zeros | None]:
+        """Codes and float zero points of a MatMulNBits, or of an embedding."""
+        packed = self._array(name + QUANTIZED)
+        codes = unpack_rows(packed.reshape(len(packed), -1), storage.bits, groups * storage.group)
+        return codes, self._array_of(name + ZERO, np.float16).astype(np.float16)
+
+    def _columns(self, name: str, storage: Storage, _: int) -> tuple[Codes, Zeros | None]:
         """Codes and zero points that lie as [in, out]."""
         wanted = code_type(storage)[1]
         if name + LOW in self._tensors:
@@ -91,7 +100,7 @@ class OnnxFile:
             return codes.T, None
         return codes.T, np.ascontiguousarray(self._array_of(name + ZERO, wanted).T.astype(np.int8))
 
-    def _rows(self, name: str, storage: Storage, groups: int) -> tuple[Codes, Codes | None]:
+    def _rows(self, name: str, storage: Storage, groups: int) -> tuple[Codes, Zeros | None]:
         """Codes and zero points of an embedding, packed in bytes below 8 bits."""
         count, bits = groups * storage.group, storage.bits
         if bits == 8:

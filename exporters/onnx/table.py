@@ -49,6 +49,84 @@ def check_table(entry: WeightEntry) -> None:
         )
 
 
+class StoredRows:
+    """Initializers of an embedding, each made once.
+
+    Args:
+        build: Graph under construction.
+        entry: The embedding.
+        contents: Reads its data.
+    """
+
+    def __init__(self, build: GraphBuilder, entry: WeightEntry, contents: Contents) -> None:
+        self._build, self._entry, self._contents = build, entry, contents
+
+    @property
+    def groups(self) -> int:
+        """Groups of a row."""
+        return self._entry.shape[1] // quantized(self._entry).group
+
+    @property
+    def width(self) -> int:
+        """Bits of a stored code."""
+        return WIDTH if self._entry.in_planes else quantized(self._entry).bits
+
+    @cached_property
+    def floats(self) -> ir.Value:
+        """Rows that are not quantized."""
+        entry = self._entry
+        numpy = np.float16 if entry.type == "F16" else np.float32
+        return self._stored(
+            "", FLOATS[entry.type], entry.shape[1], lambda: self._contents.floats(entry, numpy)
+        )
+
+    @cached_property
+    def codes(self) -> list[tuple[ir.Value, int]]:
+        """Initializers of the codes, and the bits of a code that each holds."""
+        width, bits = self._entry.shape[1], quantized(self._entry).bits
+
+        def patterns() -> NDArray[np.int8] | NDArray[np.uint8]:
+            return self._contents.patterns(self._entry)
+
+        def packed(suffix: str, bits: int, down: int = 0) -> tuple[ir.Value, int]:
+            read = lambda: pack_rows(patterns() >> np.int8(down), bits)  # noqa: E731
+            return self._stored(suffix, ir.DataType.UINT8, width * bits // 8, read), bits
+
+        if self._entry.in_planes:
+            return [packed(LOW, LOW_BITS), packed(HIGH, WIDTH - LOW_BITS, LOW_BITS)]
+        if bits == 8:
+            return [(self._stored(QUANTIZED, INTEGERS[8][0], width, patterns), 8)]
+        return [packed(QUANTIZED, bits)]
+
+    @cached_property
+    def scales(self) -> ir.Value:
+        """Scales [vocabulary, groups] as they are stored."""
+        read = lambda: self._contents.integers(self._entry).scales  # noqa: E731
+        return self._stored(SCALE, scale_type(quantized(self._entry)), self.groups, read)
+
+    @cached_property
+    def zeros(self) -> ir.Value | None:
+        """Zero points, packed in bytes or fp16; None without."""
+        storage = quantized(self._entry)
+        if not storage.unsigned:
+            return None
+        if storage.float_zeros:
+            halves = lambda: self._contents.zeros(self._entry)  # noqa: E731
+            return self._stored(ZERO, ir.DataType.FLOAT16, self.groups, halves)
+
+        def read() -> NDArray[np.uint8]:
+            return pack_rows(self._contents.zeros(self._entry).astype(np.int8), storage.bits)
+
+        width = -(-self.groups * storage.bits // 8)
+        return self._stored(ZERO, ir.DataType.UINT8, width, read)
+
+    def _stored(
+        self, suffix: str, dtype: ir.DataType, width: int, read: Callable[[], np.ndarray]
+    ) -> ir.Value:
+        shape = (self._entry.shape[0], width)
+        return self._build.initializer(self._entry.name + suffix, dtype, shape, read)
+
+
 class Table:
     """An embedding in the graph.
 
@@ -63,13 +141,14 @@ class Table:
 
     def __init__(self, build: GraphBuilder, entry: WeightEntry, contents: Contents) -> None:
         check_table(entry)
-        self._build, self._entry, self._contents = build, entry, contents
+        self._build, self._entry = build, entry
+        self._stored = StoredRows(build, entry, contents)
 
     def embed(self, ids: ir.Value) -> ir.Value:
         """Rows of some tokens, float32 [batch, sequence, hidden]."""
         build, entry = self._build, self._entry
         if entry.storage is None:
-            rows = build.op("Gather", self._floats, ids, name=f"{entry.name}.rows")
+            rows = build.op("Gather", self._stored.floats, ids, name=f"{entry.name}.rows")
             return rows if entry.type == "F32" else self._float(rows, f"{entry.name}.rows")
         group, name = entry.storage.group, f"{entry.name}.groups"
 
@@ -81,18 +160,20 @@ class Table:
             return build.op("Unsqueeze", values, last, name=f"{entry.name}.group_{word}")
 
         if entry.storage.bits == 8:
-            split = build.constant([0, 0, self._groups, group], np.int64)
-            rows = build.op("Reshape", gather(self._codes[0][0], "rows"), split, name=name)
+            split = build.constant([0, 0, self._stored.groups, group], np.int64)
+            rows = build.op("Reshape", gather(self._stored.codes[0][0], "rows"), split, name=name)
             rows = self._float(rows, name)
         else:
-            parts = [(gather(part, f"rows.{bits}"), bits) for part, bits in self._codes]
-            rows = self._unpacked(parts, [0, 0, self._groups, group], f"{entry.name}.rows")
+            parts = [(gather(part, f"rows.{bits}"), bits) for part, bits in self._stored.codes]
+            rows = self._unpacked(parts, [0, 0, self._stored.groups, group], f"{entry.name}.rows")
             rows = self._values(rows, name)
-        if self._zeros is not None:
-            zeros = self._zero_points(gather(self._zeros, "zeros"), [0, 0], "zeros")
+        if self._stored.zeros is not None:
+            zeros = self._zero_points(gather(self._stored.zeros, "zeros"), [0, 0], "zeros")
             zeros = self._float(zeros, f"{entry.name}.group_zeros")
             rows = build.op("Sub", rows, of_each_group(zeros, "zeros"), name=name)
-        scales = self._scale_values(gather(self._scales, "scales"), f"{entry.name}.group_scales")
+        scales = self._scale_values(
+            gather(self._stored.scales, "scales"), f"{entry.name}.group_scales"
+        )
         rows = build.op("Mul", rows, of_each_group(scales, "scales"), name=name)
         joined = build.constant([0, 0, entry.shape[1]], np.int64)
         return build.op("Reshape", rows, joined, name=f"{entry.name}.joined")
@@ -101,25 +182,38 @@ class Table:
         """The matrix of a tied head, float32 [hidden, vocabulary], of the same initializers."""
         build, entry = self._build, self._entry
         if entry.storage is None:
-            turned = self._turned(self._floats, f"{HEAD}.tied")
+            turned = self._turned(self._stored.floats, f"{HEAD}.tied")
             return turned if entry.type == "F32" else self._float(turned, HEAD)
         inputs = [
             self._turned(self._whole_codes(), f"{HEAD}.tied"),
-            self._scale_values(self._turned(self._scales, f"{HEAD}.tied.scales"), f"{HEAD}{SCALE}"),
+            self._scale_values(
+                self._turned(self._stored.scales, f"{HEAD}.tied.scales"), f"{HEAD}{SCALE}"
+            ),
         ]
-        if self._zeros is not None:
-            zeros = self._zero_points(self._zeros, [entry.shape[0]], "tied.zeros")
+        if self._stored.zeros is not None:
+            zeros = self._zero_points(self._stored.zeros, [entry.shape[0]], "tied.zeros")
             zeros = build.op("Cast", zeros, name=f"{HEAD}{ZERO}", to=ir.DataType.UINT4)
             inputs.append(self._turned(zeros, f"{HEAD}.tied.zeros"))
         group = entry.storage.group
         return build.op("DequantizeLinear", *inputs, name=HEAD, axis=0, block_size=group)
 
+    def packed(self) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Codes, scales and float zero points of a tied head, as MatMulNBits takes them."""
+        build, entry, storage = self._build, self._entry, quantized(self._entry)
+        blobs = [entry.shape[0], self._stored.groups, storage.group * storage.bits // 8]
+        shape = build.constant(blobs, np.int64)
+        codes = build.op("Reshape", self._stored.codes[0][0], shape, name=f"{HEAD}.tied")
+        scales = self._scale_values(self._stored.scales, f"{HEAD}{SCALE}")
+        if self._stored.zeros is None:
+            raise ValueError(f"{entry.name} has no zero points")
+        return codes, scales, self._float(self._stored.zeros, f"{HEAD}{ZERO}")
+
     def _whole_codes(self) -> ir.Value:
         """All codes as INT8, INT4 or UINT4 [vocabulary, hidden], which are numbers."""
         if quantized(self._entry).bits == 8:
-            return self._codes[0][0]
+            return self._stored.codes[0][0]
         name = f"{HEAD}.unpacked"
-        codes = self._unpacked(self._codes, list(self._entry.shape), name)
+        codes = self._unpacked(self._stored.codes, list(self._entry.shape), name)
         if quantized(self._entry).number == "e2m1":
             return lookup.doubled_e2m1(self._build, codes, np.int8, f"{name}.codes")
         if quantized(self._entry).unsigned:
@@ -154,76 +248,24 @@ class Table:
         build, entry = self._build, self._entry
         if quantized(entry).unsigned:
             return codes
-        half = 1 << (self._width - 1)
+        half = 1 << (self._stored.width - 1)
         codes = build.op("BitwiseXor", codes, build.constant(half, np.uint8), name=name)
         codes = build.op("Cast", codes, name=f"{name}.signed", to=ir.DataType.INT8)
         return build.op("Sub", codes, build.constant(half, np.int8), name=f"{name}.signed")
 
     def _zero_points(self, packed: ir.Value, lead: list[int], word: str) -> ir.Value:
-        """Unpacked zero points, uint8 [*lead, groups]: the bits that fill a row up are cut off."""
+        """Unpacked zero points, uint8 [*lead, groups]: the bits that fill a row up are cut off.
+        Float ones as they are."""
+        if quantized(self._entry).float_zeros:
+            return packed
         build, bits = self._build, quantized(self._entry).bits
         each, name = 8 // bits, f"{self._entry.name}.{word}"
-        held = -(-self._groups // each) * each
+        held = -(-self._stored.groups // each) * each
         zeros = unpacked(build, packed, bits, [*lead, held], name)
-        if held == self._groups:
+        if held == self._stored.groups:
             return zeros
-        ends = (build.constant([n], np.int64) for n in (0, self._groups, -1))
+        ends = (build.constant([n], np.int64) for n in (0, self._stored.groups, -1))
         return build.op("Slice", zeros, *ends, name=name)
-
-    @property
-    def _groups(self) -> int:
-        return self._entry.shape[1] // quantized(self._entry).group
-
-    @property
-    def _width(self) -> int:
-        """Bits of a stored code."""
-        return WIDTH if self._entry.in_planes else quantized(self._entry).bits
-
-    @cached_property
-    def _floats(self) -> ir.Value:
-        entry = self._entry
-        numpy = np.float16 if entry.type == "F16" else np.float32
-        return self._stored(
-            "", FLOATS[entry.type], entry.shape[1], lambda: self._contents.floats(entry, numpy)
-        )
-
-    @cached_property
-    def _codes(self) -> list[tuple[ir.Value, int]]:
-        """Initializers of the codes, and the bits of a code that each holds."""
-        width, bits = self._entry.shape[1], quantized(self._entry).bits
-
-        def codes() -> NDArray[np.int8] | NDArray[np.uint8]:
-            return self._contents.patterns(self._entry)
-
-        def packed(suffix: str, bits: int, down: int = 0) -> tuple[ir.Value, int]:
-            read = lambda: pack_rows(codes() >> np.int8(down), bits)  # noqa: E731
-            return self._stored(suffix, ir.DataType.UINT8, width * bits // 8, read), bits
-
-        if self._entry.in_planes:
-            return [packed(LOW, LOW_BITS), packed(HIGH, WIDTH - LOW_BITS, LOW_BITS)]
-        if bits == 8:
-            return [(self._stored(QUANTIZED, INTEGERS[8][0], width, codes), 8)]
-        return [packed(QUANTIZED, bits)]
-
-    @cached_property
-    def _scales(self) -> ir.Value:
-        read = lambda: self._contents.integers(self._entry).scales  # noqa: E731
-        return self._stored(SCALE, scale_type(quantized(self._entry)), self._groups, read)
-
-    @cached_property
-    def _zeros(self) -> ir.Value | None:
-        storage = quantized(self._entry)
-        if not storage.unsigned:
-            return None
-        read = lambda: pack_rows(self._contents.zeros(self._entry), storage.bits)  # noqa: E731
-        width = -(-self._groups * storage.bits // 8)
-        return self._stored(ZERO, ir.DataType.UINT8, width, read)
-
-    def _stored(
-        self, suffix: str, dtype: ir.DataType, width: int, read: Callable[[], np.ndarray]
-    ) -> ir.Value:
-        shape = (self._entry.shape[0], width)
-        return self._build.initializer(self._entry.name + suffix, dtype, shape, read)
 
     def _float(self, value: ir.Value, name: str) -> ir.Value:
         return self._build.op("Cast", value, name=name, to=ir.DataType.FLOAT)

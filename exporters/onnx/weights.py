@@ -18,10 +18,15 @@ from exporters.onnx.entries import (
     quantized,
     scale_type,
 )
-from exporters.onnx.graph_builder import GraphBuilder
-from exporters.onnx.names import EMBEDDING, HIGH, LOW, QUANTIZED, SCALE, ZERO
+from exporters.onnx.graph_builder import OPERATORS_OF_RUNTIME, GraphBuilder
+from exporters.onnx.integers import Storage
+from exporters.onnx.names import EMBEDDING, HEAD, HIGH, LOW, QUANTIZED, SCALE, ZERO
+from exporters.onnx.packed import pack_rows
 from exporters.onnx.table import Table
 from pipeline.errors import InputError, UnsupportedError
+
+EXACT_LEVEL = 1
+"""Accuracy level of float32 activations."""
 
 
 class Weights:
@@ -64,7 +69,11 @@ class Weights:
         the same form and is not fused: ONNX Runtime expands it in every call.
         """
         module = name.removesuffix(".weight")
-        y = self._build.op("MatMul", x, self._matrix(name), name=module)
+        storage = self._entry(name).storage
+        if storage is not None and storage.float_zeros:
+            y = self._packed_product(x, name, storage)
+        else:
+            y = self._build.op("MatMul", x, self._matrix(name), name=module)
         bias = f"{module}.bias"
         return self._build.op("Add", y, self.vector(bias), name=module) if bias in self else y
 
@@ -93,6 +102,46 @@ class Weights:
         )
         inputs, group = (codes, scale, *scales[1:]), storage.group
         return self._build.op("DequantizeLinear", *inputs, name=name, axis=0, block_size=group)
+
+    def _packed_product(self, x: ir.Value, name: str, storage: Storage) -> ir.Value:
+        """``x @ W.T`` as a MatMulNBits with float zero points, exact in both modes."""
+        entry, table = self._entry(name), name == EMBEDDING
+        outputs, inputs = entry.shape
+        product = self._build.op_multi(
+            "MatMulNBits",
+            x,
+            *(self._table.packed() if table else self._blobs(entry, storage)),
+            name=(HEAD if table else name).removesuffix(".weight"),
+            outputs=1,
+            domain=OPERATORS_OF_RUNTIME,
+            K=inputs,
+            N=outputs,
+            bits=storage.bits,
+            block_size=storage.group,
+            accuracy_level=EXACT_LEVEL,
+        )
+        return product[0]
+
+    def _blobs(self, entry: WeightEntry, storage: Storage) -> list[ir.Value]:
+        """Codes [out, groups, bytes], scales and zero points [out, groups]."""
+        (rows, width), contents = entry.shape, self._contents
+        groups, nbytes = width // storage.group, storage.group * storage.bits // 8
+
+        def codes() -> np.ndarray:
+            packed = pack_rows(contents.patterns(entry), storage.bits)
+            return packed.reshape(rows, groups, nbytes)
+
+        def half(suffix: str, read: Callable[[], np.ndarray]) -> ir.Value:
+            word = entry.name + suffix
+            value = self._build.initializer(word, FLOATS["F16"], (rows, groups), read)
+            return self._cast(value, word)
+
+        shape, kind = (rows, groups, nbytes), ir.DataType.UINT8
+        return [
+            self._build.initializer(entry.name + QUANTIZED, kind, shape, codes),
+            half(SCALE, lambda: contents.integers(entry).scales),
+            half(ZERO, lambda: contents.zeros(entry)),
+        ]
 
     def _cast(self, value: ir.Value, name: str) -> ir.Value:
         return self._build.op("Cast", value, name=name, to=ir.DataType.FLOAT)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from exporters.onnx import OnnxFile, read_onnx, storage_of
-from exporters.onnx.integers import OUTPUTS_AT_2_BITS
+from exporters.onnx.integers import OUTPUTS_AT_2_BITS, Storage
 from pipeline.architectures.base import EMBEDDING, HEAD
 from pipeline.errors import InputError
 from pipeline.figures import size
@@ -163,6 +163,9 @@ def _census_gate(runtime: str, census: Census, source: Source) -> Gate:
     claim = f"all {fused} products with quantized weights became MatMulNBits"
     if expanded:
         claim += f"; {expanded} with FP8 are never fused, their weights are expanded in every call"
+    written = sum(_is_written_fused(kind) for kind in linears)
+    if written:
+        claim += f"; {written} with float zero points are that in the file, slow and not standard"
     return Gate(
         level="census",
         claim=claim,
@@ -175,11 +178,22 @@ def _census_gate(runtime: str, census: Census, source: Source) -> Gate:
 
 
 def _is_expanded(kind: str) -> bool:
-    """Whether ONNX Runtime multiplies by a quantized type only after making it floats."""
+    """Whether a quantized type is never fused."""
+    storage = _storage(kind)
+    return storage is not None and storage.number == "e4m3"
+
+
+def _is_written_fused(kind: str) -> bool:
+    """Whether a quantized type is a MatMulNBits in the file already."""
+    storage = _storage(kind)
+    return storage is not None and storage.float_zeros
+
+
+def _storage(kind: str) -> Storage | None:
     if kind in FLOAT_TYPES:
-        return False
+        return None
     fmt = get_format(kind)
-    return storage_of(fmt, (OUTPUTS_AT_2_BITS, fmt.group_size)).product_bits is None
+    return storage_of(fmt, (OUTPUTS_AT_2_BITS, fmt.group_size))
 
 
 def _rotations(source: Source) -> int:

@@ -71,7 +71,7 @@ def export(folder: Path, target: str, output: Path, **options: Any) -> Report:
         *(("llama", "INT4_G32"), ("llama", "INT3_G32"), ("llama", "INT2_G32")),
         *(("qwen2", "INT4_G64"), ("qwen3", "Q2_0"), ("llama", "INT8_G128")),
         *(("llama", "UINT4_G32"), ("qwen2", "UINT2_G64"), ("llama", "UINT3_G32")),
-        ("llama", "FP8_G64"),
+        *(pytest.param("llama", kind, marks=SLOW) for kind in ("FP8_G64", "FINT2_G32")),
         *(pytest.param(*pair, marks=SLOW) for pair in (("qwen2", "FP4_G32"), ("qwen3", "MXFP4"))),
     ],
 )
@@ -92,6 +92,16 @@ def test_every_gate_is_green(family: str, kind: str, tmp_path: Path) -> None:
     assert json.loads(metadata["piso.recipe"])["type"] == kind
     assert "model" not in json.loads(metadata["piso.recipe"])
     assert json.loads(metadata["piso.versions"])["onnx-ir"]
+
+
+def test_the_census_names_what_is_never_fused_or_not_standard(tmp_path: Path) -> None:
+    options = {**ONNX, "type": "FINT4_G32", "tensor_types": ("ffn_down=FP8_G32", "ffn_up=FP4_G32")}
+    report = deploy(trained_checkpoint("llama"), tmp_path / "out", options)
+    assert report.exit_code == 0, report.gates
+    for gate in (gate for gate in report.gates if gate.level == "census"):
+        assert (gate.figure, gate.limit) == ("13 fused, 2 expanded", "13 fused, 2 DequantizeLinear")
+        assert "2 with FP8 are never fused" in gate.claim
+        assert "10 with float zero points are that in the file" in gate.claim
 
 
 def test_the_folder_is_what_others_load(both: Path) -> None:

@@ -40,7 +40,8 @@ def test_unknown_targets(text: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [f"{u}{b}_G{g}" for u, b, g in product(("INT", "UINT"), range(2, 9), GROUPS)]
-    + [f"FP{b}_G{g}" for b, g in product((4, 8), GROUPS)],
+    + [f"FP{b}_G{g}" for b, g in product((4, 8), GROUPS)]
+    + [f"FINT{b}_G{g}" for b, g in product((2, 4), GROUPS)],
 )
 def test_types_of_onnx_are_those_that_the_exporter_stores(name: str) -> None:
     try:

@@ -9,6 +9,7 @@ from pipeline.quantization.formats.base import (
     SUPER_FIELDS,
     Format,
     QuantizedTensor,
+    carrying,
     group_offsets,
     group_scales,
     stored_pair,
@@ -39,6 +40,7 @@ __all__ = [
     "Format",
     "QuantizedTensor",
     "ScaleLattice",
+    "carrying",
     "floating_format",
     "get_format",
     "group_offsets",
@@ -64,6 +66,6 @@ def get_format(name: str) -> Format:
         raise UnsupportedError(
             f"unknown type {name!r}",
             fix=f"{hint}known: {', '.join(sorted(GGML_FORMATS))}, INT2..INT8, INT<bits>_G<group>, "
-            "UINT<bits>_G<group>, FP4_G<group>, FP8_G<group>",
+            "UINT<bits>_G<group>, FINT<bits>_G<group>, FP4_G<group>, FP8_G<group>",
         )
     return found

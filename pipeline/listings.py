@@ -28,7 +28,7 @@ def types() -> dict[str, str]:
         if bits <= MOST_ZERO_POINT_BITS:
             listed[f"UINT{bits}_G<group>"] = "ONNX: likewise, and an integer zero point"
     for bits in FLOAT_ZERO_BITS:
-        text = "a float zero point; not an operator of the standard, and slow"
+        text = "a float zero point; no standard operator, slow"
         groups = ", ".join(map(str, groups_of(bits)))
         listed[f"FINT{bits}_G<group>"] = f"ONNX: {bits} bits, one scale for {groups}, {text}"
     groups = ", ".join(map(str, groups_of(8)))

@@ -200,23 +200,30 @@ def storage_of(fmt: Format, shape: tuple[int, ...], name: str = "a matrix") -> S
     return Storage(bits, group, negated, unsigned, number, exponents, float_zeros)
 
 
-def row_bytes(fmt: Format, width: int, *, packed: bool = False) -> int:
-    """Bytes of a row of `width` inputs, scales included.
+def stored_bytes(fmt: Format, shape: tuple[int, ...], name: str, *, packed: bool = False) -> int:
+    """Bytes of a matrix in the file, scales included.
 
     Args:
         fmt: The format.
-        width: Inputs.
+        shape: [out, in].
+        name: Hugging Face name; the zero points of an embedding fill whole bytes in every row.
         packed: 3 bits lie in planes, not in a container of 4.
 
     Raises:
         UnsupportedError: See `storage_of`.
     """
-    storage = storage_of(fmt, (OUTPUTS_AT_2_BITS, width))
+    storage = storage_of(fmt, shape, name)
+    rows, width = shape
     groups = width // storage.group
-    zeros = -(-groups * storage.bits // 8) if storage.unsigned else 0
-    zeros = 2 * groups if storage.float_zeros else zeros
+    zeros = 0
+    if storage.float_zeros:
+        zeros = 2 * rows * groups
+    elif storage.unsigned:
+        together = 1 if name == EMBEDDING else rows
+        zeros = rows // together * -(-together * groups * storage.bits // 8)
     bits = 3 if packed and len(fmt.levels) == 8 else storage.bits
-    return width * bits // 8 + (1 if storage.exponents else 2) * groups + zeros
+    scales = rows * groups * (1 if storage.exponents else 2)
+    return rows * width * bits // 8 + scales + zeros
 
 
 def _width(fmt: Format) -> tuple[int, bool, Number] | None:

@@ -221,6 +221,7 @@ def test_a_tokenizer_that_gguf_has_no_words_for_is_no_matter_for_onnx(
     ("options", "message"),
     [
         ({"type": "INT4_G32", "tensor_types": ("ffn_up=INT2_G64",)}, "126 outputs, which 2 bits"),
+        ({"type": "FP8_G32", "pure": True, "token_embedding_type": None}, "embedding in FP8_G32"),
         ({"type": "INT2_G64"}, "126 outputs, which 2 bits cannot hold"),
     ],
 )
@@ -247,7 +248,14 @@ def test_export_gives_the_file_that_a_deploy_would_have_given(both: Path, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gguf", "onnx"]
 
 
-@pytest.mark.parametrize(("kind", "name"), [("INT4_G32", "Q4_0"), ("INT2_G64", "Q2_0")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("INT4_G32", "Q4_0"),
+        ("INT2_G64", "Q2_0"),
+        pytest.param("MXFP4", "MXFP4", marks=SLOW),
+    ],
+)
 def test_integer_types_have_other_names_in_gguf(kind: str, name: str, tmp_path: Path) -> None:
     deploy(trained_checkpoint("llama"), tmp_path / "onnx", {**ONNX, "type": kind})
     assert export(tmp_path / "onnx", "gguf", tmp_path / "gguf").exit_code == 0

@@ -13,7 +13,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from exporters.onnx import integer_weight, read_onnx, storage_of
-from exporters.onnx.integers import quantized_tensor, row_bytes
+from exporters.onnx.integers import quantized_tensor, stored_bytes
 from pipeline.errors import InputError, VerificationError
 from pipeline.quantization.formats import QuantizedTensor, get_format, stored_pair
 from tests.onnx_models import EMBEDDING, HEAD, TinyModel, census, random_ids, rounded, run, session
@@ -96,7 +96,9 @@ def test_tables(kind: str, tied: bool, tmp_path: Path) -> None:
     assert left["MatMulNBits"] == LINEARS + 1
     assert left["DequantizeLinear"] == left["unfused linear"] == 0
     held = [t for t in onnx.load(str(path)).graph.initializer if t.name.startswith(EMBEDDING)]
-    assert sum(len(t.raw_data) for t in held) == 512 * row_bytes(get_format(kind), 64)
+    assert sum(len(t.raw_data) for t in held) == stored_bytes(
+        get_format(kind), (512, 64), EMBEDDING
+    )
     back, solved = read_onnx(path).quantized(EMBEDDING), model.solved[EMBEDDING]
     assert torch.equal(back.codes, solved.codes)
     assert all(torch.equal(back.scales[n], solved.scales[n]) for n in ("d", "m"))
@@ -120,7 +122,7 @@ def test_a_file_gives_back_all_its_tensors(kind: str, tmp_path: Path) -> None:
         assert torch.equal(back.codes, solved.codes)
         assert all(torch.equal(back.scales[n], solved.scales[n]) for n in solved.scales)
     held = [t for t in onnx.load(str(file.path)).graph.initializer if t.name.startswith(LINEAR)]
-    assert sum(len(t.raw_data) for t in held) == 64 * row_bytes(get_format(kind), 128)
+    assert sum(len(t.raw_data) for t in held) == stored_bytes(get_format(kind), (64, 128), LINEAR)
 
 
 def test_codes_lie_in_bytes_as_the_operator_wants_them(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from exporters.onnx.integers import (
     canonical,
     places,
     quantized_tensor,
-    row_bytes,
     scale_values,
     storage_of,
+    stored_bytes,
 )
 from exporters.onnx.table import check_table
 from pipeline.errors import InputError, UnsupportedError, VerificationError
@@ -135,7 +135,9 @@ def test_tables(kind: str, tied: bool, tmp_path: Path) -> None:
     assert left["MatMulNBits"] == LINEARS + 1
     assert left["DequantizeLinear"] == left["unfused linear"] == 0
     held = [t for t in onnx.load(str(path)).graph.initializer if t.name.startswith(EMBEDDING)]
-    assert sum(len(t.raw_data) for t in held) == 512 * row_bytes(get_format(kind), 64)
+    assert sum(len(t.raw_data) for t in held) == stored_bytes(
+        get_format(kind), (512, 64), EMBEDDING
+    )
     back = read_onnx(path).quantized(EMBEDDING)
     assert torch.equal(back.codes, model.solved[EMBEDDING].codes)
     assert torch.equal(back.scales["d"], model.solved[EMBEDDING].scales["d"])
@@ -157,7 +159,7 @@ def test_a_file_gives_back_all_its_tensors(kind: str, tmp_path: Path) -> None:
         assert torch.equal(back.codes, solved.codes)
         assert torch.equal(back.scales["d"], solved.scales["d"])
     held = [t for t in onnx.load(str(file.path)).graph.initializer if t.name.startswith(LINEAR)]
-    assert sum(len(t.raw_data) for t in held) == 64 * row_bytes(get_format(kind), 128)
+    assert sum(len(t.raw_data) for t in held) == stored_bytes(get_format(kind), (64, 128), LINEAR)
 
 
 @pytest.mark.parametrize("value", [0.0, 2.0**-128, 2.0**-10, 1.0, 2.0**120])

@@ -13,7 +13,7 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from exporters.onnx import integer_weight, read_onnx
-from exporters.onnx.integers import row_bytes
+from exporters.onnx.integers import stored_bytes
 from exporters.onnx.packed import pack_rows, sign_extended, unpack_rows
 from pipeline.errors import InputError
 from pipeline.quantization.formats import get_format
@@ -139,8 +139,8 @@ def test_a_tied_table_is_stored_once_and_as_large_as_announced(
     proto = onnx.load(str(model.write(tmp_path)))
     held = [t for t in proto.graph.initializer if 512 in t.dims]
     assert all(t.name.startswith(EMBEDDING) for t in held)
-    assert sum(len(t.raw_data) for t in held) == 512 * row_bytes(
-        get_format(kind), 64, packed=packed
+    assert sum(len(t.raw_data) for t in held) == stored_bytes(
+        get_format(kind), (512, 64), EMBEDDING, packed=packed
     )
 
 

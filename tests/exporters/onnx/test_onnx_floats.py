@@ -91,6 +91,17 @@ def test_what_runs_is_what_was_solved(kind: str, attention: str, tmp_path: Path)
     assert 1e-3 < default < 1
 
 
+@pytest.mark.parametrize("kind", ["FP8_G32", "FP4_G32"])
+def test_an_option_expands_weights_once(kind: str, tmp_path: Path) -> None:
+    """What README advises for FP8: floats after loading, nothing left to do in a call."""
+    model, option = model_of(kind), {"session.disable_quant_qdq": "1"}
+    path, ids = model.write(tmp_path), random_ids(1, 20)
+    left = census(path, tmp_path, option)
+    assert left["unfused linear"] == LINEARS + 1
+    assert left["MatMulNBits"] == left["DequantizeLinear"] == 0
+    assert np.abs(run(session(path, option), ids)[0] - model.logits(ids)).max() < 2e-5
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_products_are_exact(kind: str, tmp_path: Path) -> None:
     """One product against float64, with weights decoded by another library."""

@@ -316,8 +316,10 @@ def test_a_narrow_table_is_taken_over_from_gguf_and_back(tmp_path: Path) -> None
     ("family", "options"),
     [
         ("llama", {"target": "gguf,onnx", "type": "Q4_0", "token_embedding_type": "Q4_0"}),
-        ("qwen2", {"type": "INT4_G32", "token_embedding_type": "INT4_G32"}),
-        ("llama", {"type": "UINT4_G32", "token_embedding_type": None, "pure": True}),
+        pytest.param("qwen2", {"type": "INT4_G32", "token_embedding_type": "INT4_G32"}, marks=SLOW),
+        pytest.param(
+            "llama", {"type": "UINT4_G32", "token_embedding_type": None, "pure": True}, marks=SLOW
+        ),
         ("qwen3", {"type": "INT4_G32", "token_embedding_type": "UINT2_G32"}),
     ],
     ids=lambda value: value if isinstance(value, str) else value["type"],

@@ -24,6 +24,18 @@ from pipeline.quantization.scales.affine import _best_zeros
 from tests.pipeline.quantization.problems import correlated, energy
 from tests.pipeline.quantization.test_zero_points import problem
 
+SLOW = pytest.mark.slow
+
+PAIRS = [
+    pytest.param(
+        rounding,
+        scales,
+        marks=() if scales == "piso" or (rounding, scales) == ("gptq", "mse") else SLOW,
+    )
+    for rounding, scales in product(get_args(Rounding), get_args(Scales))
+]
+"""The rarer pairs take a minute together."""
+
 
 def zeros_of(quantized: QuantizedTensor) -> torch.Tensor:
     """Zero points by division, which must be numbers of fp16."""
@@ -131,8 +143,7 @@ def test_small_groups_come_near_the_best_of_a_scan(seed: int) -> None:
     assert reached <= best + 1e-6 * total
 
 
-@pytest.mark.parametrize("scales", get_args(Scales))
-@pytest.mark.parametrize("rounding", get_args(Rounding))
+@pytest.mark.parametrize(("rounding", "scales"), PAIRS)
 def test_every_pair_of_scales_and_rounding(rounding: Rounding, scales: Scales) -> None:
     W, objective = problem(rows=6, width=32)
     fmt = get_format("FINT2_G16")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args
 
 import ml_dtypes
 import numpy as np
@@ -14,6 +13,7 @@ from pipeline.errors import UnsupportedError
 from pipeline.quantization.formats import E4M3_LEVELS, QuantizedTensor, get_format
 from pipeline.quantization.layer import LayerOptions, Rounding, Scales, quantize_layer
 from tests.pipeline.quantization.problems import energy
+from tests.pipeline.quantization.test_float_zeros import PAIRS
 from tests.pipeline.quantization.test_piso import TINY, TINY_POINTS, energies, problem, sweep
 from tests.pipeline.quantization.test_zero_points import problem as layer
 
@@ -68,8 +68,7 @@ def test_scales_of_e4m3_are_optimal_over_every_point_of_a_coarse_lattice(seed: i
 
 
 @pytest.mark.parametrize("name", ["FP4_G16", pytest.param("FP8_G16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("scales", get_args(Scales))
-@pytest.mark.parametrize("rounding", get_args(Rounding))
+@pytest.mark.parametrize(("rounding", "scales"), PAIRS)
 def test_every_pair_of_scales_and_rounding(name: str, rounding: Rounding, scales: Scales) -> None:
     W, objective = layer(rows=6, width=32)
     fmt = get_format(name)

@@ -28,7 +28,17 @@ from pipeline.stages.verify import Ladder
 from pipeline.storage import OUTPUT_MARKER, check_free_space, check_output, publish
 from pipeline.versions import versions
 
-STAGES = ("load", "calibrate", "transform", "allocate", "quantize", "export", "verify", "report")
+STAGES = (
+    "load",
+    "calibrate",
+    "transform",
+    "allocate",
+    "quantize",
+    "tune",
+    "export",
+    "verify",
+    "report",
+)
 BYTES_PER_PARAMETER = 6
 """Disk while a run lasts: codes and scales, the model file, and the float twin."""
 
@@ -137,8 +147,8 @@ def _finish(
     counts = {**model.counts(), **texts.counts}
     enter(progress, "report")
     report = report_of(ladder, files, source, counts, progress)
-    if allocation is not None:
-        report = replace(report, notes=(*report.notes, *allocation.summary()))
+    summary = allocation.summary() if allocation is not None else ()
+    report = replace(report, notes=(*report.notes, *summary, *model.notes))
     if report.exit_code == VerificationError.exit_code:
         raise _RejectedError(report)
     record |= {
@@ -150,6 +160,7 @@ def _finish(
         "verified_in": sorted({g.runtime for g in report.gates if _deployed(g)}),
         **describe(files),
         "sites": model.sites,
+        **({"tuning": dict(model.tuned)} if model.tuned else {}),
         **({"block_rotation_bounds": list(source.bounds)} if source.bounds else {}),
     }
     return deliver(staging, report, resolved, record)

@@ -149,6 +149,14 @@ class Calibration(Frozen):
     )
 
 
+class Tuning(Frozen):
+    """Gains of norms, fitted to the float model's predictions after quantization."""
+
+    steps: int = Field(default=0, ge=0, description="Steps of the optimizer; 0 leaves them.")
+    batch: int = Field(default=4, ge=1, description="Windows of calibration.seqlen in a step.")
+    rate: float = Field(default=3e-3, gt=0, description="Largest step of a gain, relative.")
+
+
 class Evaluation(Frozen):
     """The text and the protocols that quality and parity are measured with."""
 
@@ -278,6 +286,7 @@ class Recipe(Frozen):
     )
     calibration: Calibration = Calibration()
     quantization: Quantization = Quantization()
+    tuning: Tuning = Tuning()
     evaluation: Evaluation = Evaluation()
     onnx: Onnx = Onnx()
     gates: Gates = Gates()

@@ -13,7 +13,7 @@ import torch
 
 from exporters.gguf import gguf_name, unpack
 from exporters.onnx import read_onnx
-from pipeline.architectures.base import EMBEDDING, HEAD
+from pipeline.architectures.base import EMBEDDING, HEAD, is_gain
 from pipeline.delivery import carry_out, enter
 from pipeline.errors import UnsupportedError, VerificationError
 from pipeline.identity import identity_of_run
@@ -185,7 +185,9 @@ def _take_over(
             held = {f"{BIAS}{name}": floats(name) for name in biases if name in source.shapes}
             return Part(stored, [], held)
 
-        return part_by_part(source, run, progress, make)
+        model = part_by_part(source, run, progress, make)
+        gains = {name: floats(name) for name in source.shapes if is_gain(name)}
+        return replace(model, gains=gains)
 
 
 def _other_names(kind: str) -> list[str]:

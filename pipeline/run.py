@@ -37,6 +37,7 @@ from pipeline.stages.quantize import QuantizedModel, quantize
 from pipeline.stages.repack import repack
 from pipeline.stages.report import RECIPE, check_files
 from pipeline.stages.transform import Delivered, transform
+from pipeline.stages.tune import tune
 from pipeline.stages.verify import wants_llamacpp
 from pipeline.storage import scratch_folder
 
@@ -87,7 +88,8 @@ def deploy(
         rewritten = transform(resolved.recipe, source, texts.calibration, run, progress)
         typed, allocation = _allocated(resolved.recipe, rewritten, texts, run, progress)
         model = _matrices(resolved.recipe, typed, texts, importance, run, progress)
-        return model, allocation
+        enter(progress, "tune")
+        return tune(resolved.recipe, model, texts, run, progress), allocation
 
     return carry_out(order, identity, resolved, source, texts, matrices, progress)
 

@@ -186,9 +186,13 @@ class TorchReference:
 
     def head_input(self, residual: Tensor) -> Tensor:
         """Output of the final norm, the input of the output matrix."""
+        return self.final_norm()(residual)
+
+    def final_norm(self) -> nn.Module:
+        """The final norm as a module."""
         norm = self._norm_class(self.config.hidden_size, eps=self.config.rms_norm_eps)
         norm.weight = nn.Parameter(self._read("model.norm.weight"), requires_grad=False)
-        return norm(residual)
+        return norm
 
     def head(self) -> nn.Module:
         """The output matrix as a module."""

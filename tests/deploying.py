@@ -28,6 +28,7 @@ SMALL: dict[str, Any] = {
     "calibration.seqlen": 128,
     "evaluation.context": 256,
     "evaluation.chunks": 40,
+    "tuning.steps": 0,
 }
 """Seconds instead of minutes; enough evaluation text that rounding noise averages out."""
 

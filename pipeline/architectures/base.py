@@ -16,6 +16,11 @@ FINAL_NORM = "model.norm.weight"
 HEAD = "lm_head.weight"
 
 
+def is_gain(name: str) -> bool:
+    """Whether a tensor is the gain of a norm, by its Hugging Face name."""
+    return name.endswith("norm.weight")
+
+
 @dataclass(frozen=True)
 class Site:
     """Linears of a decoder block that read the same input, hence share one Hessian.

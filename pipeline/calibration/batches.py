@@ -91,3 +91,32 @@ def sample_windows(
     if bos_id is not None:
         tokens = torch.cat([torch.full((taken, 1), bos_id), tokens], dim=1)
     return Windows(tokens, requested=samples, dropped=samples - taken)
+
+
+def other_windows(
+    token_ids: Tensor, used: Tensor, *, samples: int, seed: int, bos_id: int | None = None
+) -> Tensor:
+    """Windows of the same text that were not drawn by `sample_windows`.
+
+    Args:
+        token_ids: int64 [tokens], as for `sample_windows`.
+        used: What it drew, int64 [n, length]; windows with the same tokens are left out.
+        samples: Most windows wanted.
+        seed: Of the choice, which is random and in text order.
+        bos_id: As for `sample_windows`.
+
+    Returns:
+        int64 [m, length]; less than `samples`, or none, if the text has no more.
+    """
+    marked = bos_id is not None
+    stride = used.shape[1] - marked
+    available = len(token_ids) // stride
+    grid = token_ids[: available * stride].view(available, stride).long()
+    taken = {tuple(row) for row in used[:, marked:].tolist()}
+    free = torch.tensor([i for i, row in enumerate(grid.tolist()) if tuple(row) not in taken])
+    generator = torch.Generator().manual_seed(seed)
+    chosen = free[torch.randperm(len(free), generator=generator)[:samples]].sort().values.long()
+    tokens = grid[chosen]
+    if bos_id is not None:
+        tokens = torch.cat([torch.full((len(tokens), 1), bos_id), tokens], dim=1)
+    return tokens

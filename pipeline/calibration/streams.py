@@ -188,8 +188,14 @@ def site_moments(
 def _parts(batches: int, options: MomentOptions) -> list[str]:
     """The sum that each batch goes to."""
     parts = ["first" if n < batches / 2 or not options.halves else "second" for n in range(batches)]
-    if options.held_out > 0 and batches > 1:
-        count = min(max(1, round(options.held_out * batches)), batches - 1)
-        for n in range(count):
-            parts[(2 * n + 1) * batches // (2 * count)] = "held out"
+    for n in held_out_batches(batches, options.held_out):
+        parts[n] = "held out"
     return parts
+
+
+def held_out_batches(batches: int, share: float) -> list[int]:
+    """Batches of windows that solvers do not see, spread evenly; not all of them."""
+    if share == 0 or batches < 2:
+        return []
+    count = min(max(1, round(share * batches)), batches - 1)
+    return [(2 * n + 1) * batches // (2 * count) for n in range(count)]

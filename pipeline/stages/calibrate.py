@@ -8,7 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.calibration.batches import prepended_bos, sample_windows, tokenize
+from pipeline.calibration.batches import (
+    other_windows,
+    prepended_bos,
+    sample_windows,
+    tokenize,
+)
+from pipeline.calibration.streams import held_out_batches
 from pipeline.calibration.text import TextSource, load_texts
 from pipeline.recipe import Recipe
 from pipeline.stages.load import Source
@@ -21,6 +27,10 @@ LEAST_CHARACTERS = 3_000_000
 """The same for all presets, so that they are evaluated on the same part of a file."""
 
 
+HELD_OUT = 16
+"""Windows that tuned parameters are judged on."""
+
+
 @dataclass(frozen=True)
 class Texts:
     """Token windows and where they are from.
@@ -31,12 +41,14 @@ class Texts:
             [windows, context].
         sources: The calibration and the evaluation text.
         counts: How much less text there is than the recipe asks for, by kind.
+        tuning: Calibration text to tune on, int64 [windows, length]; None if nothing is tuned.
     """
 
     calibration: Tensor
     evaluation: dict[Protocol, Tensor]
     sources: tuple[TextSource, TextSource]
     counts: dict[str, int]
+    tuning: Tensor | None = None
 
     def warnings(self) -> list[str]:
         """What is different from what the recipe asks for, in words."""
@@ -61,18 +73,17 @@ def prepare_texts(recipe: Recipe, source: Source) -> Texts:
     Raises:
         InputError: A text cannot be had or is too short.
     """
-    wanted = recipe.calibration.samples * recipe.calibration.seqlen
+    samples, seqlen = recipe.calibration.samples, recipe.calibration.seqlen
+    wanted = samples * seqlen
     limit = max(CHARACTERS_PER_TOKEN * wanted, LEAST_CHARACTERS)
     texts = load_texts(source.calibration, recipe.evaluation.source, limit=limit)
     bos = prepended_bos(source.tokenizer)
     context = int(source.config.max_position_embeddings)
-    drawn = sample_windows(
-        tokenize(source.tokenizer, texts[0].text),
-        samples=recipe.calibration.samples,
-        length=min(recipe.calibration.seqlen, context),
-        seed=recipe.seed,
-        bos_id=bos,
-    )
+    tokens, length = tokenize(source.tokenizer, texts[0].text), min(seqlen, context)
+    drawn = sample_windows(tokens, samples=samples, length=length, seed=recipe.seed, bos_id=bos)
+    tuning = None
+    if recipe.tuning.steps:
+        tuning = _tuning_windows(recipe, tokens, drawn.tokens, bos)
     ids = tokenize(source.tokenizer, texts[1].text)
     if bos is not None:
         ids = torch.cat([torch.tensor([bos]), ids])
@@ -81,14 +92,25 @@ def prepare_texts(recipe: Recipe, source: Source) -> Texts:
     counts = {
         "calibration samples missing": drawn.dropped,
         "calibration tokens beyond the model's context cut from each sample": max(
-            0, recipe.calibration.seqlen - context
+            0, seqlen - context
         ),
         "evaluation tokens beyond the model's context cut from each chunk": max(
             0, recipe.evaluation.context - context
         ),
         "evaluation chunks missing": recipe.evaluation.chunks - chunks,
     }
-    return Texts(drawn.tokens, evaluation, texts, counts)
+    return Texts(drawn.tokens, evaluation, texts, counts, tuning)
+
+
+def _tuning_windows(recipe: Recipe, tokens: Tensor, used: Tensor, bos: int | None) -> Tensor:
+    """Windows to judge on and for every step: of text that calibration does not use as far as there
+    is any, then those that solvers do not see, then the others."""
+    wanted = HELD_OUT + recipe.tuning.steps * recipe.tuning.batch
+    others = other_windows(tokens, used, samples=wanted, seed=recipe.seed, bos_id=bos)
+    batch = recipe.calibration.batch
+    apart = held_out_batches(-(-len(used) // batch), recipe.calibration.held_out)
+    kept = torch.isin(torch.arange(len(used)) // batch, torch.tensor(apart))
+    return torch.cat([others, used[kept], used[~kept]])[:wanted]
 
 
 def _evaluation_windows(

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pipeline.architectures.base import HEAD
+from pipeline.architectures.spaces import Space
 from pipeline.calibration.streams import Stream
 from pipeline.quantization.formats import get_format
 from pipeline.quantization.layer import LayerOptions, quantize_layer
 from pipeline.quantization.objective import LayerObjective
 from pipeline.recipe import Recipe
 from pipeline.stages.load import Source
+from pipeline.stages.network_loss import QuantizedNetwork
 from pipeline.stages.quantize import WIDE, layer_options
 from pipeline.stages.stored import FLOAT_TYPES
 from pipeline.stages.walk import HEAD_ROWS, choose_device, store_free
 from pipeline.transforms.changes import ReadTensor
-from pipeline.transforms.model import Inner, Measure, Measured
+from pipeline.transforms.model import Build, Inner, Measure, Measured
 from pipeline.transforms.statistics import InputStatistics
 from runtimes.torch_reference import DecoderBlock, TorchReference
 
@@ -111,15 +113,41 @@ def judging(recipe: Recipe, source: Source) -> Callable[[str, Tensor, Tensor], f
     return judge
 
 
-def rounding(source: Source) -> Callable[[str, Tensor], Tensor]:
+def rounding(recipe: Recipe, source: Source) -> Callable[[str, Tensor], Tensor]:
     """Each matrix to the nearest values of its type, with scales that are best without data.
 
     Args:
+        recipe: Says where.
         source: Says the type of each matrix.
     """
+    device = choose_device(recipe.device)
 
     @torch.inference_mode()
     def rounded(name: str, weight: Tensor) -> Tensor:
-        return store_free(source.plan.types[name], weight.float()).dequantize().double()
+        stored = store_free(source.plan.types[name], weight.float().to(device))
+        return stored.dequantize().to(weight)
 
     return rounded
+
+
+def building(recipe: Recipe, source: Source, windows: Tensor) -> Build:
+    """The loss of the whole quantized network on the calibration text.
+
+    Args:
+        recipe: Batch and device.
+        source: The checkpoint and the type of each matrix.
+        windows: Tokens, int64 [samples, length].
+    """
+
+    def build(read: ReadTensor, inner: Inner, spaces: Sequence[Space]) -> QuantizedNetwork:
+        return QuantizedNetwork(
+            source,
+            read,
+            inner,
+            spaces,
+            windows,
+            batch=recipe.calibration.batch,
+            device=choose_device(recipe.device),
+        )
+
+    return build

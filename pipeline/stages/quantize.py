@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,11 +39,17 @@ class QuantizedModel:
     Attributes:
         sites: One record a site: block, site, relative loss, tokens, dead inputs, damping steps;
             or one a repacked matrix, see `stages.repack`.
+        gains: Gains of norms that are not the checkpoint's, float32 by Hugging Face name.
+        tuned: How they came about, see `stages.tune`.
+        notes: What to say of all that.
     """
 
     source: Source
     run: RunDirectory
     sites: list[dict[str, Any]]
+    gains: Mapping[str, Tensor] = field(default_factory=dict)
+    tuned: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     _part: tuple[str, dict[str, StoredTensor], dict[str, Tensor]] = ("", {}, {})
 
     def stored(self, name: str) -> StoredTensor:
@@ -64,10 +70,12 @@ class QuantizedModel:
         self._part = (part, restore_part(loaded), biases_of(loaded[0]))
 
     def read(self, name: str) -> Tensor:
-        """The weight that the runtime computes with, float32; float tensors as they are, biases as
-        they were corrected."""
+        """The weight that the runtime computes with, float32; float tensors as they are, gains as
+        they were tuned and biases as they were corrected."""
         if name in self.source.plan.types:
             return self.stored(name).dequantize()
+        if name in self.gains:
+            return self.gains[name]
         if name.endswith(".bias"):
             self._open(part_of(name))
         corrected = self._part[2].get(name)

@@ -24,7 +24,7 @@ from pipeline.recipe import Recipe
 from pipeline.report import Gate
 from pipeline.stages.limits import limit_gate
 from pipeline.stages.load import Source
-from pipeline.stages.measure import judging, measuring, rounding
+from pipeline.stages.measure import building, judging, measuring, rounding
 from pipeline.transforms import TRANSFORMS, Transform, parse_transform
 from pipeline.transforms.changes import flatten, unflatten
 from pipeline.transforms.model import Model
@@ -110,7 +110,9 @@ def transform(
         progress.warning(
             f"transforms are measured with {recipe.weight_type}: a budget chooses types after them"
         )
-    model = _kept(transforms, source, parts) or _planned(transforms, recipe, source, windows, parts)
+    model = _kept(transforms, source, parts) or _planned(
+        transforms, recipe, source, windows, parts, progress
+    )
     notes = tuple(dict.fromkeys([*model.notes, *_bound_notes(model)]))
     source = replace(
         source, changes=tuple(model.changes), rewrite_notes=notes, bounds=tuple(model.bounds)
@@ -149,14 +151,26 @@ def _kept(transforms: list[Transform], source: Source, parts: Parts) -> Model | 
 
 
 def _planned(
-    transforms: list[Transform], recipe: Recipe, source: Source, windows: Tensor, parts: Parts
+    transforms: list[Transform],
+    recipe: Recipe,
+    source: Source,
+    windows: Tensor,
+    parts: Parts,
+    progress: Progress,
 ) -> Model:
+    def tell(number: int, count: int, figures: dict[str, float]) -> None:
+        for name, value in figures.items():
+            progress.figure(name, value)
+        progress.block(number, count)
+
     model = Model(
         _spaces(source),
         source.exact,
         measure=measuring(recipe, source, windows),
         judge=judging(recipe, source),
-        quantize=rounding(source),
+        quantize=rounding(recipe, source),
+        build=building(recipe, source, windows),
+        tell=tell,
     )
     for one in transforms:
         module, _, function = TRANSFORMS[one.kind].plan.partition(":")

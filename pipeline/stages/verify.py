@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.architectures.base import EMBEDDING, HEAD
+from pipeline.architectures.base import EMBEDDING, HEAD, is_gain
 from pipeline.errors import UnsupportedError
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
@@ -167,10 +167,11 @@ def _open_engines(
     """PyTorch and the emulator; with a folder for its float twin, stock llama.cpp too."""
 
     def read(name: str) -> Tensor:
-        """The file's matrices and corrected biases, the checkpoint's norms and biases: the twin
-        vouches for the rest."""
+        """The file's matrices, corrected biases and tuned gains, and what else the checkpoint has:
+        the twin vouches for the rest."""
         corrected = recipe.quantization.bias_correction and name.endswith(".bias")
-        own = corrected or name in source.plan.types
+        tuned = recipe.tuning.steps > 0 and is_gain(name)
+        own = corrected or tuned or name in source.plan.types
         return weights.read(name) if own else source.read(name)
 
     head = source.head

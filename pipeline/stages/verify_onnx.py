@@ -12,7 +12,7 @@ from torch import Tensor
 
 from exporters.onnx import OnnxFile, read_onnx, storage_of
 from exporters.onnx.integers import OUTPUTS_AT_2_BITS, Storage
-from pipeline.architectures.base import EMBEDDING, HEAD
+from pipeline.architectures.base import EMBEDDING, HEAD, is_gain
 from pipeline.errors import InputError
 from pipeline.figures import size
 from pipeline.progress import Progress
@@ -80,7 +80,7 @@ def climb_onnx(
         gates += [_census_gate(name, runner.census(), source) for name, runner in runners.items()]
         if any(gate.status == "red" for gate in gates):
             return Ladder(tuple(gates), ())
-        reader = _reader(file, source)
+        reader = _reader(file, source, tuned=recipe.tuning.steps > 0)
         twin = TorchReference(source.config, reader, head=source.head, inner=source.inner)
         models: dict[str, Logits] = {
             FULL: TorchReference(source.config, source.original, head=source.head).logits,
@@ -107,12 +107,13 @@ def climb_onnx(
     return Ladder(tuple(gates), qualities)
 
 
-def _reader(file: OnnxFile, source: Source) -> Any:
-    """Weights and biases of the file, by Hugging Face name; the checkpoint's norms, for which the
-    twin gate vouches."""
+def _reader(file: OnnxFile, source: Source, *, tuned: bool) -> Any:
+    """Weights, biases and tuned gains of the file, by Hugging Face name; the checkpoint's norms
+    else, for which the twin gate vouches."""
 
     def read(name: str) -> Tensor:
-        if name not in source.plan.types and not name.endswith(".bias"):
+        own = name.endswith(".bias") or (tuned and is_gain(name))
+        if name not in source.plan.types and not own:
             return source.read(name)
         if file.types.get(name) in FLOAT_TYPES:
             return torch.from_numpy(file.floats(name))

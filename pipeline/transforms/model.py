@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.architectures.spaces import Role, Space
 from pipeline.transforms.changes import Change, ReadTensor, changed, run_time_rotation
+from pipeline.transforms.network import NetworkLoss
 from pipeline.transforms.operators import Operator
 from pipeline.transforms.statistics import InputStatistics
 
@@ -23,6 +24,17 @@ Inner = Callable[[Tensor], Tensor] | None
 
 Measure = Callable[[ReadTensor, Inner, bool], Measured]
 """Runs a model of these weights; whether Hessians are wanted."""
+
+Build = Callable[[ReadTensor, Inner, Sequence[Space]], NetworkLoss]
+"""The loss of the quantized network of these weights whose spaces are to be rotated."""
+
+
+def _cannot_build(read: ReadTensor, inner: Inner, spaces: Sequence[Space]) -> NetworkLoss:
+    raise ValueError("no calibration inputs are at hand")
+
+
+def _untold(number: int, count: int, figures: dict[str, float]) -> None:
+    pass
 
 
 def _cannot_measure(read: ReadTensor, inner: Inner, hessian: bool) -> Measured:
@@ -51,6 +63,9 @@ class Model:
         judge: Quantizes a matrix of that name as the recipe will, [out, in] under the Hessian of
             its inputs, and gives the squared error of its outputs.
         quantize: Quantizes a matrix of that name to nearest, without data, float64 [out, in].
+        build: Makes the loss of the whole network, see `network`.
+        tell: Told that a round of learning begins: its number from 1, how many there are, and
+            figures of the one before.
     """
 
     spaces: tuple[Space, ...]
@@ -61,6 +76,8 @@ class Model:
     measure: Measure = _cannot_measure
     judge: Callable[[str, Tensor, Tensor], float] = _cannot_judge
     quantize: Callable[[str, Tensor], Tensor] = _cannot_quantize
+    build: Build = _cannot_build
+    tell: Callable[[int, int, dict[str, float]], None] = _untold
 
     def read(self, name: str) -> Tensor:
         """A tensor after the changes so far, float64."""
@@ -74,6 +91,11 @@ class Model:
         """
         rotation = run_time_rotation(self.changes)
         return self.measure(self.read, rotation.apply if rotation else None, hessian)
+
+    def network(self, spaces: Sequence[Space]) -> NetworkLoss:
+        """The loss of the quantized network, from the model as it is, by rotations of spaces."""
+        rotation = run_time_rotation(self.changes)
+        return self.build(self.read, rotation.apply if rotation else None, spaces)
 
     def change(self, space: Space, operator: Operator) -> None:
         """Make one more change.

@@ -9,7 +9,7 @@ of the inputs in the old coordinates, the errors of the outputs are
 where the reading error is taken back into the old coordinates. Under a fixed Q both are smooth in
 A; after a step the matrix is quantized again. So the rotation is learned against the quantizer that
 will be used. SpinQuant (arXiv 2405.16406) descends on the loss of the whole network, with its
-activations quantized; this needs one decoder block at a time.
+activations quantized, see `pipeline.transforms.network`; this needs one decoder block at a time.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Linear:
 
 
 def cayley_step(A: Tensor, gradient: Tensor, rate: float) -> Tensor:
-    """A step along the gradient that stays orthogonal, [n, n].
+    """A step along the gradient that stays orthogonal, [..., n, n].
 
     The gradient's part that is tangent to the orthogonal matrices is ``S A`` with the skew matrix
     ``S = G A' - A G'``; the Cayley transform ``(I + r/2 S)^-1 (I - r/2 S) A`` follows it (Li, Fuxin
@@ -70,9 +70,9 @@ def cayley_step(A: Tensor, gradient: Tensor, rate: float) -> Tensor:
         gradient: Of the loss in A.
         rate: Length of the step.
     """
-    product = gradient @ A.T
-    skew = (product - product.T) * (rate / 2)
-    unit = torch.eye(len(A), dtype=A.dtype, device=A.device)
+    product = gradient @ A.mT
+    skew = (product - product.mT) * (rate / 2)
+    unit = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device)
     return torch.linalg.solve(unit + skew, (unit - skew) @ A)
 
 

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tests.benchmarks import (
-    block_rotations,
-    budget,
-    onnx,
-    quality,
-    speed,
-    stock,
-    table,
-    transforms,
-)
+from tests.benchmarks import block_rotations, transforms
 
 
 def main() -> None:
@@ -59,12 +52,14 @@ def main() -> None:
     spent.add_argument("--folder", type=Path, default=Path("budget.piso-run"))
     show = commands.add_parser("table", help="print the figures of a quality run as a table")
     show.add_argument("file", type=Path)
+    join = commands.add_parser("transforms-table", help="one table of several transforms runs")
+    join.add_argument("files", nargs="+", type=Path)
     _add_transforms(commands)
     wanted = parser.parse_args()
     if wanted.command == "speed":
-        speed.measure(wanted.device)
+        _module("speed").measure(wanted.device)
     elif wanted.command == "stock":
-        stock.measure(
+        _module("stock").measure(
             wanted.model,
             wanted.calibration,
             wanted.evaluation,
@@ -74,7 +69,7 @@ def main() -> None:
             pure=wanted.pure,
         )
     elif wanted.command == "onnx":
-        onnx.measure(
+        _module("onnx").measure(
             wanted.model,
             wanted.calibration,
             wanted.evaluation,
@@ -83,7 +78,7 @@ def main() -> None:
             wanted.preset,
         )
     elif wanted.command == "budget":
-        budget.measure(
+        _module("budget").measure(
             wanted.model,
             wanted.calibration,
             wanted.evaluation,
@@ -93,10 +88,12 @@ def main() -> None:
         )
     elif wanted.command == "transforms":
         _measure_transforms(wanted)
+    elif wanted.command == "transforms-table":
+        print(transforms.merged(wanted.files))
     elif wanted.command == "table":
-        print(table.render(wanted.file))
+        print(_module("table").render(wanted.file))
     else:
-        quality.measure(
+        _module("quality").measure(
             wanted.model,
             wanted.calibration,
             wanted.evaluation,
@@ -108,7 +105,21 @@ def main() -> None:
             only=wanted.only,
             seconds=wanted.seconds,
         )
-        print(table.render(wanted.out))
+        print(_module("table").render(wanted.out))
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """Key and value; numbers and true are JSON, anything else is a text."""
+    key, _, value = text.partition("=")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _module(name: str) -> Any:
+    """A benchmark; each needs packages that the others do not."""
+    return import_module(f"tests.benchmarks.{name}")
 
 
 def _add_transforms(commands: Any) -> None:
@@ -121,7 +132,12 @@ def _add_transforms(commands: Any) -> None:
     rewritten.add_argument("--device", default="auto")
     rewritten.add_argument("--preset", default="balanced")
     rewritten.add_argument("--types", nargs="+", default=list(transforms.TYPES))
-    rewritten.add_argument("--rows", nargs="+", default=list(transforms.ROWS))
+    rewritten.add_argument(
+        "--only", "--rows", dest="rows", nargs="+", default=list(transforms.ROWS), metavar="ROW"
+    )
+    rewritten.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="further recipe values"
+    )
     rewritten.add_argument("--outliers", nargs="+", default=["without", "with"])
     rewritten.add_argument("--out", type=Path, default=Path("transforms.json"))
     rewritten.add_argument(
@@ -143,7 +159,17 @@ def _measure_transforms(wanted: argparse.Namespace) -> None:
     if wanted.activations:
         block_rotations.measure(*place, **shared, blocks=wanted.blocks)
         return
-    transforms.measure(*place, **shared, preset=wanted.preset, types=wanted.types, rows=wanted.rows)
+    unknown = set(wanted.rows) - set(transforms.ROWS)
+    if unknown:
+        raise SystemExit(f"no such row: {sorted(unknown)}; there are {list(transforms.ROWS)}")
+    transforms.measure(
+        *place,
+        **shared,
+        preset=wanted.preset,
+        types=wanted.types,
+        rows=wanted.rows,
+        settings=dict(_setting(text) for text in wanted.set),
+    )
 
 
 if __name__ == "__main__":

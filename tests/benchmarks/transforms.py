@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pipeline.architectures.base import EMBEDDING, HEAD
-from pipeline.progress import open_progress
+from pipeline.progress import Progress, open_progress
 from pipeline.quantization.formats import get_format
 from pipeline.recipe_files import load_recipe
 from pipeline.stages.calibrate import Texts, prepare_texts
@@ -34,6 +34,8 @@ from runtimes.metrics import kl_divergence
 from runtimes.torch_reference import TorchReference
 from tests.outliers import inject
 
+LEARNED = "rotate:matrix=learned,allow_untie=true"
+
 ROWS: dict[str, tuple[str, ...]] = {
     "none": (),
     "fold": ("fold",),
@@ -43,14 +45,31 @@ ROWS: dict[str, tuple[str, ...]] = {
     "equalize range": ("equalize",),
     "equalize SmoothQuant": ("equalize:method=smoothquant",),
     "equalize AWQ": ("equalize:method=awq,points=10",),
+    "R1": ("rotate:spaces=residual,allow_untie=true",),
     "R2": ("rotate:spaces=values",),
     "R1 R2": ("rotate:allow_untie=true",),
     "R1 R2 orthogonal": ("rotate:matrix=orthogonal,allow_untie=true",),
     "equalize, R1 R2": ("equalize", "rotate:allow_untie=true"),
     "equalize AWQ, permute": ("equalize:method=awq,points=10", "permute"),
-    "R1 learned, R2": ("rotate:matrix=learned,allow_untie=true",),
+    "R1 learned": (f"{LEARNED},spaces=residual",),
+    "R1 learned, R2": (LEARNED,),
+    "R1 network": (f"{LEARNED},objective=network,spaces=residual",),
+    "R2 network": (f"{LEARNED},objective=network,spaces=values",),
+    "R1 R2 network": (f"{LEARNED},objective=network",),
+    "MagR 0.001": (),
+    "MagR 0.01": (),
+    "bias correction": (),
 }
-TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q2_0", "INT2_G32", "INT4_G32")
+"""Transforms of each row."""
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "MagR 0.001": {"quantization.magr": 0.001},
+    "MagR 0.01": {"quantization.magr": 0.01},
+    "bias correction": {"quantization.bias_correction": True},
+}
+"""What a row changes of the recipe besides."""
+
+TYPES = ("Q2_K", "Q3_K", "Q4_K", "Q2_0", "INT2_G32", "INT3_G32", "INT4_G32")
 
 
 class Nowhere:
@@ -79,7 +98,7 @@ def quantized_quality(recipe: Any, source: Source, texts: Texts) -> tuple[float,
     walk = Walk(source, weights[EMBEDDING], texts.calibration, walk_settings(recipe))
     for index in range(walk.n_blocks):
         for solved in walk.solve(index):
-            weights |= {n: t.dequantize() for n, t in solved.stored.items()}
+            weights |= {n: t.dequantize() for n, t in solved.stored.items()} | solved.biases
     return quality(source, weights, texts, recipe.device)
 
 
@@ -173,8 +192,13 @@ def measure(
     types: Sequence[str],
     rows: Sequence[str],
     outliers: Sequence[str],
+    settings: dict[str, Any],
 ) -> None:
-    """Fill the table; figures that `out` already holds are kept, so that a run can be continued."""
+    """Fill the table; figures that `out` already holds are kept, so that a run can be continued.
+
+    Several processes may share a GPU, each with rows and a file of its own; `merged` puts their
+    files together. `settings` are further recipe values.
+    """
     done = json.loads(out.read_text(encoding="utf-8")) if out.exists() else {}
     with tempfile.TemporaryDirectory() as scratch, open_progress("quiet") as progress:
         folders = {"without": model}
@@ -184,6 +208,7 @@ def measure(
             for row in rows:
                 place = (folders[which], calibration, evaluation)
                 options = options_of(*place, samples, chunks, device, ROWS[row])
+                options |= {**OPTIONS.get(row, {}), **settings}
                 recipe, opened_source = opened(options, preset)
                 texts = prepare_texts(recipe, opened_source)
                 if f"{which} | full precision" not in done:
@@ -193,15 +218,50 @@ def measure(
                     key = f"{which} | {row} | {kind}"
                     if key in done:
                         continue
-                    begun = time.monotonic()
-                    source = with_types(opened_source, kind)
-                    source = transform(recipe, source, texts.calibration, Nowhere(), progress)
-                    ppl, kld = quantized_quality(recipe, source, texts)
-                    figures = {"ppl": ppl, "kld": kld, "MB": megabytes(source)}
-                    done[key] = {**figures, "seconds": time.monotonic() - begun}
-                    print(f"{key}: ppl {ppl:.3f} KLD {kld:.4f}", flush=True)
+                    done[key] = figures = cell(recipe, opened_source, kind, texts, progress)
+                    print(f"{key}: {figures}", flush=True)
                     out.write_text(json.dumps(done, indent=1), encoding="utf-8")
     print(render(done, types, rows))
+
+
+def cell(
+    recipe: Any, source: Source, kind: str, texts: Texts, progress: Progress
+) -> dict[str, Any]:
+    """Figures of one row and type; seconds of the transforms, and of everything."""
+    begun = time.monotonic()
+    source = with_types(source, kind)
+    source = transform(recipe, source, texts.calibration, Nowhere(), progress)
+    rewritten = time.monotonic() - begun
+    ppl, kld = quantized_quality(recipe, source, texts)
+    return {
+        "ppl": ppl,
+        "kld": kld,
+        "MB": megabytes(source),
+        "transform seconds": rewritten,
+        "seconds": time.monotonic() - begun,
+        "notes": [note for note in source.rewrite_notes if "learned" in note],
+    }
+
+
+def merged(files: Sequence[Path]) -> str:
+    """The tables of the figures of several processes; of figures that two have, the later file's.
+
+    Raises:
+        ValueError: Their full precision differs: they are not about one model and text.
+    """
+    done: dict[str, Any] = {}
+    for file in files:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        for key in found:
+            full = key.endswith("full precision") and key in done
+            if full and not math.isclose(done[key]["ppl"], found[key]["ppl"], rel_tol=1e-4):
+                raise ValueError(f"{file}: {key} is {found[key]['ppl']}, not {done[key]['ppl']}")
+        done |= found
+    keys = [key.split(" | ") for key in done if key.count(" | ") == 2]
+    rows = [row for row in ROWS if any(key[1] == row for key in keys)]
+    types = [kind for kind in TYPES if any(key[2] == kind for key in keys)]
+    types += sorted({key[2] for key in keys} - set(types))
+    return render(done, types, rows)
 
 
 def render(done: dict[str, Any], types: Sequence[str], rows: Sequence[str]) -> str:

@@ -10,11 +10,15 @@ import pytest
 
 from exporters.gguf.reader import open_gguf
 from pipeline.progress import open_progress
+from pipeline.recipe_files import load_recipe
 from pipeline.stages.calibrate import prepare_texts
 from pipeline.stages.transform import transform
 from runtimes import llamacpp
 from tests.benchmarks.transforms import (
+    OPTIONS,
+    ROWS,
     Nowhere,
+    merged,
     opened,
     perplexity,
     quantized_quality,
@@ -119,3 +123,28 @@ def test_nine_tenths_of_what_outliers_cost_are_won_back(
         won = (damaged - healed) / (damaged - max(before, full))  # below it, luck
         print(f"{family} {kind} {transforms}: {healed:.2f}, {won:.0%} won back")  # noqa: T201
         assert won > 0.9
+
+
+def test_figures_of_several_processes_become_one_table(tmp_path: Path) -> None:
+    full = {"without | full precision": {"ppl": 50.0}}
+    cell = {"ppl": 60.0, "kld": 0.25, "MB": 1.5}
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    first = {**full, "without | R1 network | Q2_0": cell, "without | none | Q2_0": cell}
+    second = {**full, "without | MagR 0.01 | INT5": {**cell, "ppl": 70.0}}
+    for file, figures in zip(files, (first, second), strict=True):
+        file.write_text(json.dumps(figures))
+    assert merged(files).splitlines()[-3:] == [
+        "| none | 60.00 | 0.2500 | 1.50 |  |  |  |",
+        "| R1 network | 60.00 | 0.2500 | 1.50 |  |  |  |",
+        "| MagR 0.01 |  |  |  | 70.00 | 0.2500 | 1.50 |",
+    ]
+    files[1].write_text(json.dumps({"without | full precision": {"ppl": 50.1}}))
+    with pytest.raises(ValueError, match="full precision is 50"):
+        merged(files)
+
+
+def test_every_row_is_a_recipe() -> None:
+    assert set(OPTIONS) < set(ROWS)
+    for row, transforms in ROWS.items():
+        recipe = load_recipe(options={"transforms": transforms, **OPTIONS.get(row, {})}).recipe
+        assert len(recipe.transforms) == len(transforms)

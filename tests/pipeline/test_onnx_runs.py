@@ -15,6 +15,7 @@ import torch
 from exporters.gguf import gguf_name
 from exporters.onnx import read_onnx
 from pipeline import reexport, run
+from pipeline.checkpoint import open_checkpoint
 from pipeline.errors import InputError, ResourceError, UnsupportedError, UsageError
 from pipeline.progress import open_progress
 from pipeline.report import Report
@@ -43,9 +44,9 @@ EMBEDDING = "model.embed_tokens.weight"
 
 @pytest.fixture(scope="module")
 def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """GGUF and ONNX from one quantization of a tied model."""
+    """GGUF and ONNX from one quantization of a tied model, with tuned norms."""
     output = tmp_path_factory.mktemp("both") / "out"
-    options = {**QUICK, "target": "gguf,onnx", "type": "Q4_0"}
+    options = {**QUICK, "target": "gguf,onnx", "type": "Q4_0", "tuning.steps": 4}
     assert deploy(trained_checkpoint("llama"), output, options).exit_code == 0
     return output
 
@@ -102,6 +103,27 @@ def test_the_census_names_what_is_never_fused_or_not_standard(tmp_path: Path) ->
         assert (gate.figure, gate.limit) == ("13 fused, 2 expanded", "13 fused, 2 DequantizeLinear")
         assert "2 with FP8 are never fused" in gate.claim
         assert "10 with float zero points are that in the file" in gate.claim
+
+
+def test_both_files_hold_the_tuned_gains(both: Path) -> None:
+    manifest = manifest_of(both)
+    tuning = manifest["tuning"]
+    assert tuning["kept"] > 0
+    assert tuning["after"] < tuning["before"]
+    assert any("norm gains tuned" in note for note in manifest["report"]["notes"])
+    gguf = GGUFWeights(both / manifest["model_file"], manifest_config(both))
+    onnx_file = read_onnx(both / MODEL)
+    original = open_checkpoint(str(trained_checkpoint("llama")))
+    for name in ("model.norm.weight", "model.layers.1.input_layernorm.weight"):
+        gain = gguf.read(name)
+        assert torch.equal(gain, torch.from_numpy(onnx_file.floats(name)))
+        assert not torch.equal(gain, original.read(name, torch.float32))
+    gguf.close()
+
+
+def manifest_config(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return found
 
 
 def test_the_folder_is_what_others_load(both: Path) -> None:

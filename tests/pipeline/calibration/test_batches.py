@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from pipeline.calibration.batches import prepended_bos, sample_windows, tokenize
+from pipeline.calibration.batches import other_windows, prepended_bos, sample_windows, tokenize
 from pipeline.checkpoint import load_tokenizer, open_checkpoint
 from pipeline.demo import MODEL, corpus
 from pipeline.errors import InputError, UsageError
@@ -98,3 +98,28 @@ def test_a_bos_token_is_found_where_the_tokenizer_prepends_one(tmp_path: Path) -
     assert prepended_bos(load_tokenizer(open_checkpoint(MODEL))) == 0
     qwen = make_checkpoint(tmp_path, "qwen2")
     assert prepended_bos(load_tokenizer(open_checkpoint(qwen))) is None
+
+
+@pytest.mark.parametrize("bos", [None, 7])
+def test_other_windows_are_of_the_same_text_and_not_those_drawn(bos: int | None) -> None:
+    ids = torch.arange(100, 1105)
+    drawn = sample_windows(ids, samples=20, length=10, seed=3, bos_id=bos).tokens
+    others = other_windows(ids, drawn, samples=15, seed=3, bos_id=bos)
+    again = other_windows(ids, drawn, samples=15, seed=3, bos_id=bos)
+    assert others.shape == (15, 10)
+    assert torch.equal(others, again)
+    first = 0 if bos is None else 1
+    starts = others[:, first]
+    assert not set(starts.tolist()) & set(drawn[:, first].tolist())
+    assert torch.equal(starts.sort().values, starts)
+    assert len(set(starts.tolist())) == 15
+    assert torch.equal(others[:, -1] - starts, torch.full((15,), 9 - first))
+    assert bos is None or bool((others[:, 0] == bos).all())
+
+
+def test_other_windows_are_less_when_the_text_has_no_more() -> None:
+    ids = torch.arange(100)
+    drawn = sample_windows(ids, samples=8, length=10, seed=0).tokens
+    assert len(other_windows(ids, drawn, samples=50, seed=0)) == 2
+    everything = sample_windows(ids, samples=10, length=10, seed=0).tokens
+    assert other_windows(ids, everything, samples=5, seed=0).shape == (0, 10)

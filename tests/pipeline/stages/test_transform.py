@@ -27,11 +27,12 @@ from pipeline.progress import open_progress
 from pipeline.recipe_files import load_recipe
 from pipeline.run_directory import RunDirectory
 from pipeline.stages import transform as stage
+from pipeline.stages.calibrate import prepare_texts
 from pipeline.stages.load import Source, open_source
 from pipeline.stages.transform import Delivered, exactness, transform
 from pipeline.transforms import TRANSFORMS
 from pipeline.transforms.changes import Change
-from pipeline.transforms.operators import Fold
+from pipeline.transforms.operators import BlockRotation, Fold
 from tests.deploying import deploy, digest_of_model
 from tests.packed import write_packed
 from tests.tiny import make_checkpoint, trained_checkpoint
@@ -94,6 +95,9 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("equalize:method=smoothquant,spaces=attention_norm+final_norm+values+inner",),
         ("equalize:method=awq,points=2,spaces=attention_norm+final_norm+values+inner",),
         ("rotate:matrix=learned,steps=3,blocks=1",),
+        ("rotate:matrix=learned,objective=network,steps=2,batch=2",),
+        ("rotate:matrix=learned,objective=network,steps=2,spaces=values", "permute"),
+        ("equalize", "permute", "rotate:matrix=learned,objective=network,steps=2"),
         ("equalize", "permute", "rotate", "rotate:seed=2", "permute:by=random", "equalize"),
     ],
     ids=" ".join,
@@ -400,10 +404,33 @@ def test_a_learned_rotation_is_exact_and_says_what_it_won(tmp_path: Path) -> Non
     assert any(note.startswith("values: rotated by Hadamard") for note in source.rewrite_notes)
 
 
-@pytest.mark.parametrize("options", ["spaces=values", "block=16"])
-def test_what_cannot_be_learned_is_refused(options: str) -> None:
-    with pytest.raises(UsageError, match="does not fit this model"):
-        rewritten(trained_checkpoint("llama"), f"rotate:matrix=learned,allow_untie=true,{options}")
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ("matrix=learned,spaces=values", "one of the residual stream"),
+        ("matrix=learned,block=16", "the whole residual stream"),
+        ("matrix=learned,objective=network,block=16", "the whole residual stream"),
+        ("matrix=learned,batch=2", "batch needs matrix=learned and objective=network"),
+        ("matrix=learned,momentum=0.3", "momentum needs matrix=learned and objective=network"),
+        ("matrix=learned,objective=network,blocks=2", "blocks needs matrix=learned and objective"),
+        ("objective=network", "objective=network needs matrix=learned"),
+        ("matrix=orthogonal,batch=2", "batch needs matrix=learned"),
+        ("blocks=2", "blocks needs matrix=learned"),
+        ("steps=2", "steps=2 needs matrix=learned"),
+        ("rate=0.5", "rate=0.5 needs matrix=learned"),
+    ],
+)
+def test_what_cannot_be_learned_is_refused(options: str, part: str) -> None:
+    with pytest.raises(UsageError, match="does not fit this model") as caught:
+        rewritten(trained_checkpoint("llama"), f"rotate:allow_untie=true,{options}")
+    assert part in str(caught.value)
+
+
+def test_one_window_is_not_enough_to_learn_from(untied: Path) -> None:
+    recipe, source = opened(untied, NETWORK)
+    windows = torch.zeros(1, 16, dtype=torch.int64)
+    with open_progress("quiet") as progress, pytest.raises(UsageError, match="to judge by"):
+        transform(recipe, source, windows, Nowhere(), progress)
 
 
 def test_a_space_that_a_model_lacks_is_noted(tied: Path) -> None:
@@ -411,3 +438,41 @@ def test_a_space_that_a_model_lacks_is_noted(tied: Path) -> None:
     assert any(
         note.startswith("final_norm: the model has no such") for note in source.rewrite_notes
     )
+
+
+NETWORK = "rotate:matrix=learned,objective=network,allow_untie=true,steps=20,batch=2"
+
+
+def learned_from_the_network(text: str, **options: Any) -> tuple[Source, float, float]:
+    """What came of it, and the divergences of the held-out windows at the start and at the end."""
+    windows = prepare_texts(*opened(trained_checkpoint("llama"), **options)).calibration
+    recipe, source = opened(trained_checkpoint("llama"), text, **options)
+    with open_progress("quiet") as progress:
+        source = transform(recipe, source, windows, Nowhere(), progress)
+    (note,) = (text for text in source.rewrite_notes if "learned from the network" in text)
+    found = re.search(r"windows (\S+) with the Hadamard ones, (\S+) with the best", note)
+    assert found is not None
+    return source, float(found[1]), float(found[2])
+
+
+TEXT = {
+    "allow_fallback": True,
+    "calibration.source": "stdlib",
+    "calibration.samples": 16,
+    "calibration.seqlen": 64,
+}
+
+
+def test_rotations_learned_from_the_network_are_exact_and_say_what_they_won() -> None:
+    source, first, least = learned_from_the_network(NETWORK, type="Q2_0", **TEXT)
+    assert [gate.status for gate in source.exactness] == ["green", "green"]
+    assert least < 0.85 * first
+    rotated = [c for c in source.changes if c.operator.does == "rotation"]
+    assert [c.space.kind for c in rotated] == ["residual", "values", "values"]
+    for change in rotated:
+        assert isinstance(change.operator, BlockRotation)
+        A = change.operator.matrices
+        assert A.dtype == torch.float64
+        unit = torch.eye(A.shape[-1]).double().expand_as(A)
+        torch.testing.assert_close(A @ A.mT, unit, rtol=0, atol=1e-12)
+        assert len(A) * A.shape[-1] == change.space.width

@@ -8,7 +8,7 @@ from collections.abc import Callable
 def types() -> dict[str, str]:
     """Types of decoder weights."""
     from pipeline.quantization.formats import get_format
-    from pipeline.quantization.formats.integer import MOST_ZERO_POINT_BITS
+    from pipeline.quantization.formats.integer import FLOAT_ZERO_BITS, MOST_ZERO_POINT_BITS
     from pipeline.recipe import TABLE_TYPES, WEIGHT_TYPES
     from pipeline.targets import DEFAULT_GROUPS, groups_of
 
@@ -27,6 +27,13 @@ def types() -> dict[str, str]:
         listed[f"INT{bits}_G<group>"] = f"ONNX: {bits} bits{container}, one scale for {groups}"
         if bits <= MOST_ZERO_POINT_BITS:
             listed[f"UINT{bits}_G<group>"] = "ONNX: likewise, and an integer zero point"
+    for bits in FLOAT_ZERO_BITS:
+        text = "a float zero point; no standard operator, slow"
+        groups = ", ".join(map(str, groups_of(bits)))
+        listed[f"FINT{bits}_G<group>"] = f"ONNX: {bits} bits, one scale for {groups}, {text}"
+    groups = ", ".join(map(str, groups_of(8)))
+    listed["FP4_G<group>"] = f"ONNX: E2M1 by a table, one scale for {groups}"
+    listed["FP8_G<group>"] = "ONNX: E4M3, likewise; expanded in every call, slow"
     return listed
 
 

@@ -26,7 +26,7 @@ from pipeline.mixes import BASES
 from pipeline.recipe_quantization import Frozen, Onnx, Quantization
 from pipeline.sizes import parse_size, size_label
 from pipeline.suggest import did_you_mean
-from pipeline.targets import check_held, is_integer_type, parse_targets
+from pipeline.targets import check_held, is_onnx_type, parse_targets
 from pipeline.transforms import parse_transform
 
 WEIGHT_TYPES = (
@@ -55,7 +55,7 @@ Value = str | int | float | bool | None | tuple[str, ...]
 
 def _one_of(known: tuple[str, ...]) -> AfterValidator:
     def check(value: str) -> str:
-        if value.upper() not in known and not is_integer_type(value.upper()):
+        if value.upper() not in known and not is_onnx_type(value.upper()):
             raise ValueError(f"unknown type; {did_you_mean(value, known)}; INT4_G32 ... for ONNX")
         return value.upper()
 
@@ -75,7 +75,7 @@ def split_tensor_type(text: str) -> tuple[str, str]:
     pattern, equals, kind = text.rpartition("=")
     if not equals or not pattern:
         raise ValueError(f"{text!r} is not REGEX=TYPE")
-    if kind.upper() not in TABLE_TYPES and not is_integer_type(kind.upper()):
+    if kind.upper() not in TABLE_TYPES and not is_onnx_type(kind.upper()):
         raise ValueError(f"unknown type {kind!r}; {did_you_mean(kind, TABLE_TYPES)}")
     try:
         re.compile(pattern)

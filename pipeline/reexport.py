@@ -111,7 +111,7 @@ def _resolved(
     unset = ["emit=[]"]  # what calibration measured is not in the folder
     for key in ("token_embedding_type", "output_tensor_type"):
         kind = getattr(finished, key)
-        if kind is not None and not (_held(kind, wanted) and _gathered(kind, wanted)):
+        if kind is not None and not _held(kind, wanted):
             unset.append(f"{key}=")
     if "onnx" in wanted:
         unset.append("pure=false")  # else tables that are made anew would be of the one type, too
@@ -132,11 +132,6 @@ def _held(kind: str, target: str) -> bool:
     return True
 
 
-def _gathered(kind: str, target: str) -> bool:
-    """Whether an embedding of that type can be stored: ONNX gathers whole bytes."""
-    return "onnx" not in target or kind in (*FLOAT_TYPES, "Q8_0") or kind.startswith("INT8_")
-
-
 def _adapted(source: Source, file: ModelFile, recipe: Recipe) -> Source:
     """The source with the types that the file has, where the targets hold them."""
     kinds = {name: file.type_of(name) for name in (*source.shapes, HEAD)}
@@ -147,7 +142,7 @@ def _adapted(source: Source, file: ModelFile, recipe: Recipe) -> Source:
             types.pop(name, None)
             continue
         kind = GGUF_NAMES.get(kind, kind) if "gguf" in recipe.targets else kind
-        if _held(kind, recipe.target) and (name != EMBEDDING or _gathered(kind, recipe.target)):
+        if _held(kind, recipe.target):
             types[name] = kind
         elif name in (EMBEDDING, HEAD):
             if "onnx" in recipe.targets:

@@ -14,6 +14,9 @@ TARGETS = ("gguf", "onnx")
 SHARED = {(4, 32): "Q4_0", (2, 64): "Q2_0", (8, 32): "Q8_0"}
 """Types by bits and group size that both targets hold: the same integers and fp16 scales."""
 
+BOTH = (*SHARED.values(), "MXFP4")
+"""All types that both targets hold."""
+
 GGUF_NAMES = {"INT4_G32": "Q4_0", "INT2_G64": "Q2_0"}
 """Names in GGUF of integer types; those of 8 bits differ by one level."""
 
@@ -22,7 +25,7 @@ FLOATS = ("F16", "F32")
 DEFAULT_GROUPS = {2: 64, 3: 32, 4: 32, 8: 32}
 """Group size by bits; 2 bits in groups of 32 take ONNX Runtime more than twice as long as in 64."""
 
-_INTEGER = re.compile(r"(INT(?=[2348])|UINT(?=[234]))(\d)_G([1-9]\d*)\Z")
+_TYPE = re.compile(r"(INT(?=[2348])|UINT(?=[234])|FINT(?=[24])|FP(?=[48]))(\d)_G([1-9]\d*)\Z")
 
 
 def parse_targets(text: str) -> str:
@@ -38,10 +41,13 @@ def parse_targets(text: str) -> str:
     return ",".join(target for target in TARGETS if target in wanted)
 
 
-def is_integer_type(name: str) -> bool:
-    """Whether a name, upper case, is a type of integers that ONNX Runtime computes fast."""
-    match = _INTEGER.match(name)
-    return match is not None and int(match[3]) in groups_of(int(match[2]))
+def is_onnx_type(name: str) -> bool:
+    """Whether a name, upper case, is a type of ONNX files with groups that are allowed there."""
+    match = _TYPE.match(name)
+    if match is None:
+        return False
+    bits = 8 if match[1] == "FP" else int(match[2])  # E2M1 is multiplied as int8
+    return int(match[3]) in groups_of(bits)
 
 
 def groups_of(bits: int) -> tuple[int, ...]:
@@ -59,16 +65,18 @@ def check_held(kind: str, target: str) -> None:
     Raises:
         ValueError: It cannot; says what can.
     """
-    shared = ", ".join(SHARED.values())
-    if kind in (*FLOATS, *SHARED.values()):
+    shared = ", ".join(BOTH)
+    if kind in (*FLOATS, *BOTH):
         return
-    if is_integer_type(kind) and "gguf" in target:
+    if is_onnx_type(kind) and "gguf" in target:
         same = GGUF_NAMES.get(kind)
         hint = f"{same} is what {kind} is called there" if same else f"both hold {shared}"
         raise ValueError(f"GGUF cannot hold {kind}; {hint}")
-    if not is_integer_type(kind) and "onnx" in target:
+    if not is_onnx_type(kind) and "onnx" in target:
         what = "the mix" if kind in BASES and BASES[kind] != kind else "type"
-        also = "" if "gguf" in target else ", and INT4_G32, INT3_G64, UINT2_G64 and the like"
+        also = (
+            "" if "gguf" in target else ", and INT4_G32, INT3_G64, UINT2_G64, FP4_G32 and the like"
+        )
         raise ValueError(f"ONNX cannot hold {what} {kind}; it holds {shared}{also}")
 
 
@@ -116,9 +124,9 @@ def compose_type(
 
 
 def smaller_group(kind: str) -> str | None:
-    """The same integers in groups of half the size; None if ONNX Runtime has none."""
-    match = _INTEGER.match(kind)
+    """The same codes in groups of half the size; None if ONNX Runtime has none."""
+    match = _TYPE.match(kind)
     if match is None:
         return None
     halved = f"{match[1]}{match[2]}_G{int(match[3]) // 2}"
-    return halved if is_integer_type(halved) else None
+    return halved if is_onnx_type(halved) else None

@@ -13,7 +13,7 @@ import onnxruntime as ort
 import torch
 
 from exporters.onnx import Rotary, WeightEntry, integer_weight, write_onnx
-from pipeline.quantization.formats import QuantizedTensor, get_format
+from pipeline.quantization.formats import QuantizedTensor, get_format, stored_pair
 from tests.tiny import random_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -21,11 +21,16 @@ EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
 
 def rounded(weight: torch.Tensor, type_name: str) -> QuantizedTensor:
-    """Nearest codes under an fp16 scale a group; every second scale is negative, or there are zero
+    """Nearest codes under one scale a group; every second scale is negative, or there are zero
     points."""
     fmt = get_format(type_name)
     group = fmt.group_of(weight.shape[1])
     groups = weight.detach().reshape(weight.shape[0], -1, group)
+    if fmt.zero_lattice is not None:
+        low, high = groups.amin(-1), groups.amax(-1)
+        d, m = (t.float() for t in stored_pair(fmt, (high - low) / fmt.levels[-1], low))
+        codes = ((groups - m[..., None]) / d[..., None]).round().clamp(0, fmt.levels[-1])
+        return QuantizedTensor(fmt, codes.reshape(weight.shape).to(torch.int8), {"d": d, "m": m})
     if fmt.affine:
         low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
         d = ((high - low) / fmt.levels[-1]).half().float()
@@ -33,9 +38,16 @@ def rounded(weight: torch.Tensor, type_name: str) -> QuantizedTensor:
         codes = (groups / d[..., None] + zeros[..., None]).round().clamp(0, fmt.levels[-1])
         fields = {"d": d, "m": 0.0 - d * zeros}
         return QuantizedTensor(fmt, codes.reshape(weight.shape).to(torch.int8), fields)
-    d = (groups.abs().amax(-1) / max(abs(fmt.levels[0]), fmt.levels[-1])).half().float()
-    d[:, ::2] *= -1
-    codes = (groups / d[..., None]).round().clamp(fmt.levels[0], fmt.levels[-1])
+    d = groups.abs().amax(-1) / max(abs(fmt.levels[0]), fmt.levels[-1])
+    d = fmt.scale_lattice.round(d)
+    if fmt.scale_lattice.signed:
+        d[:, ::2] *= -1
+    ratio = (groups / d[..., None]).clamp(fmt.levels[0], fmt.levels[-1])
+    if max(fmt.levels) == -min(fmt.levels) and len(fmt.levels) in (15, 253):
+        nearest = (ratio[..., None].double() - fmt.grid).abs().argmin(-1)
+        codes = nearest + fmt.code_min
+    else:
+        codes = ratio.round()
     return QuantizedTensor(fmt, codes.reshape(weight.shape).to(torch.int8), {"d": d})
 
 

@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from exporters.onnx.entries import WeightEntry
     from exporters.onnx.integers import IntegerWeight, integer_weight, storage_of
     from exporters.onnx.reader import OnnxFile, read_onnx
     from exporters.onnx.size import Rotary
-    from exporters.onnx.weights import WeightEntry
     from exporters.onnx.writer import write_onnx
 
 __all__ = [
@@ -30,7 +30,7 @@ _HOMES = {
     "integers": ("IntegerWeight", "integer_weight", "storage_of"),
     "reader": ("OnnxFile", "read_onnx"),
     "size": ("Rotary",),
-    "weights": ("WeightEntry",),
+    "entries": ("WeightEntry",),
     "writer": ("write_onnx",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}

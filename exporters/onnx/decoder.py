@@ -14,11 +14,12 @@ import onnx_ir as ir
 
 from exporters.config_fields import Config
 from exporters.onnx.attention import ATTENTIONS, AttentionKind, Inputs, StandardAttention
+from exporters.onnx.entries import WeightEntry
 from exporters.onnx.graph_builder import GraphBuilder
 from exporters.onnx.names import EMBEDDING, HEAD
 from exporters.onnx.rotation import BlockRotation, KroneckerPair
 from exporters.onnx.size import DecoderSize, Rotary, check_rotary, check_tensors
-from exporters.onnx.weights import WeightEntry, Weights
+from exporters.onnx.weights import Weights
 from pipeline.errors import InputError
 
 IR_VERSIONS = {21: 10, 23: 11, 25: 13}
@@ -78,9 +79,12 @@ def decoder_model(
     build.output(
         logits, "logits", ir.DataType.FLOAT, ["batch_size", "sequence_length", size.vocabulary]
     )
-    narrow = any(e.storage is not None and e.storage.bits == 2 for e in entries)
+    narrow = any(entry.product_bits == 2 for entry in entries)
     opset = max(chosen.opset, OPSET_AT_2_BITS if narrow else 0)
-    return build.model(config["model_type"], opset, IR_VERSIONS[opset], chosen.runtime_operators)
+    stored = [entry.storage for entry in entries]
+    nbits = any(storage is not None and storage.float_zeros for storage in stored)
+    own = chosen.runtime_operators or nbits
+    return build.model(config["model_type"], opset, IR_VERSIONS[opset], own)
 
 
 def _cache_shape(size: DecoderSize, length: str) -> list[str | int]:

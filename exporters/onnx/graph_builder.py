@@ -60,7 +60,10 @@ class GraphBuilder:
     def constant(self, values: Any, dtype: type[np.generic]) -> ir.Value:
         """A small constant."""
         array = np.array(values, dtype=dtype)
-        name = f"constant.{array.dtype}.{values}".replace(" ", "")
+        return self.table(f"constant.{array.dtype}.{values}".replace(" ", ""), array)
+
+    def table(self, name: str, array: np.ndarray) -> ir.Value:
+        """A constant under a name of its own."""
         if name not in self._constants:
             self._constants[name] = self._tape.initializer(ir.Tensor(array, name=name))
         return self._constants[name]

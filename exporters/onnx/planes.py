@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 from exporters.onnx.graph_builder import GraphBuilder
 from pipeline.errors import InputError
 
-LEVELS = 8
+LEVELS, WIDTH, LOW_BITS = 8, 3, 2
+"""Levels and bits of the codes, and how many bits lie in the first plane."""
+
 OFFSET = 4
 """What is added to signed codes, so that they start at 0."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,11 +17,21 @@ from numpy.typing import NDArray
 from onnx import external_data_helper, numpy_helper
 
 from exporters.onnx import planes
-from exporters.onnx.integers import IntegerWeight, quantized_tensor, storage_of
+from exporters.onnx.entries import FLOATS, INTEGERS, code_type
+from exporters.onnx.integers import (
+    IntegerWeight,
+    Storage,
+    Zeros,
+    places,
+    quantized_tensor,
+    storage_of,
+)
 from exporters.onnx.names import DATA, EMBEDDING, HIGH, LOW, QUANTIZED, SCALE, TYPES, ZERO
-from exporters.onnx.weights import FLOATS, INTEGERS, UNSIGNED
+from exporters.onnx.packed import sign_extended, unpack_rows
 from pipeline.errors import InputError, PipelineError
-from pipeline.quantization.formats import QuantizedTensor, get_format
+from pipeline.quantization.formats import E8M0, QuantizedTensor, get_format
+
+Codes = NDArray[np.int8]
 
 
 @dataclass(frozen=True)
@@ -47,39 +58,71 @@ class OnnxFile:
         kind = self.types.get(name, "F32")
         if kind in FLOATS:
             raise InputError(f"{self.path}: {name} is not quantized")
-        codes, scales = self._codes(name, kind), self._array(name + SCALE)
-        if name != EMBEDDING:  # the only one that lies as rows
-            codes, scales = codes.T, scales.T
+        scales = self._array(name + SCALE)
         try:
             fmt = get_format(kind)
-            storage = storage_of(fmt, codes.shape, name)
-            wanted = (UNSIGNED if storage.unsigned else INTEGERS)[storage.bits][1]
-            if codes.dtype != wanted or scales.dtype != np.float16:
-                raise InputError(f"{name} is {codes.dtype} with {scales.dtype} scales")
-            zeros = None
-            if storage.unsigned:
-                stored = self._array(name + ZERO)
-                if stored.dtype != wanted:
-                    raise InputError(f"{name} has {stored.dtype} zero points")
-                zeros = np.ascontiguousarray(stored.T.astype(np.int8))
-            integers = np.ascontiguousarray(codes.astype(np.int8))
-            held = scales.astype(np.float16)
-            weight = IntegerWeight(storage.bits, storage.group, integers, held, zeros)
+            if scales.dtype != (np.uint8 if fmt.scale_lattice is E8M0 else np.float16):
+                raise InputError(f"{name} has {scales.dtype} scales")
+            blobs = fmt.zero_lattice is not None
+            rows = blobs or name == EMBEDDING  # all others lie turned
+            held: Any = np.ascontiguousarray(scales if rows else scales.T)
+            width = held.shape[-1] * fmt.group_size
+            read = self._blobs if blobs else self._rows if rows else self._columns
+            storage = storage_of(fmt, (len(held), width), name)
+            codes, zeros = read(name, storage, held.shape[-1])
+            if storage.number != "integer":
+                codes = places(codes.astype(np.uint8), storage.bits)
+            codes = np.ascontiguousarray(codes)
+            weight = IntegerWeight(storage.bits, storage.group, codes, held, zeros, storage.number)
             return quantized_tensor(weight, fmt, name)
         except PipelineError as error:
             raise InputError(
                 f"{self.path}: {name} is not the {kind} announced", why=str(error)
             ) from error
 
-    def _codes(self, name: str, kind: str) -> NDArray[np.generic]:
-        """Stored integers, from planes in their container."""
-        if name + LOW not in self._tensors:
-            return self._array(name + QUANTIZED)
-        low, high = self._array(name + LOW), self._array(name + HIGH)
-        codes = planes.join(low.astype(np.uint8, copy=False), high.astype(np.uint8, copy=False))
-        if kind.startswith("U"):
-            return codes.astype(UNSIGNED[4][1])
-        return (codes - np.int8(planes.OFFSET)).astype(INTEGERS[4][1])
+    def _blobs(self, name: str, storage: Storage, groups: int) -> tuple[Codes, Zeros | None]:
+        """Codes and float zero points of a MatMulNBits, or of an embedding."""
+        packed = self._array(name + QUANTIZED)
+        codes = unpack_rows(packed.reshape(len(packed), -1), storage.bits, groups * storage.group)
+        return codes, self._array_of(name + ZERO, np.float16).astype(np.float16)
+
+    def _columns(self, name: str, storage: Storage, _: int) -> tuple[Codes, Zeros | None]:
+        """Codes and zero points that lie as [in, out]."""
+        wanted = code_type(storage)[1]
+        if name + LOW in self._tensors:
+            low, high = self._array(name + LOW), self._array(name + HIGH)
+            codes = planes.join(low.astype(np.uint8, copy=False), high.astype(np.uint8, copy=False))
+            codes = codes if storage.unsigned else codes - np.int8(planes.OFFSET)
+        else:
+            stored = self._array_of(name + QUANTIZED, wanted)
+            codes = stored.view(np.int8) if storage.number == "e4m3" else stored.astype(np.int8)
+        if not storage.unsigned:
+            return codes.T, None
+        return codes.T, np.ascontiguousarray(self._array_of(name + ZERO, wanted).T.astype(np.int8))
+
+    def _rows(self, name: str, storage: Storage, groups: int) -> tuple[Codes, Zeros | None]:
+        """Codes and zero points of an embedding, packed in bytes below 8 bits."""
+        count, bits = groups * storage.group, storage.bits
+        if bits == 8:
+            return self._array_of(name + QUANTIZED, INTEGERS[8][1]).astype(np.int8), None
+        if name + LOW in self._tensors:
+            bits = planes.WIDTH
+            codes = unpack_rows(self._array(name + LOW), planes.LOW_BITS, count)
+            high = unpack_rows(self._array(name + HIGH), bits - planes.LOW_BITS, count)
+            codes = codes | high << np.int8(planes.LOW_BITS)
+        else:
+            codes = unpack_rows(self._array(name + QUANTIZED), bits, count)
+        if storage.number != "integer":
+            return codes, None
+        if not storage.unsigned:
+            return sign_extended(codes, bits), None
+        return codes, unpack_rows(self._array(name + ZERO), storage.bits, groups)
+
+    def _array_of(self, name: str, wanted: Any) -> NDArray[np.generic]:
+        found = self._array(name)
+        if found.dtype != wanted:
+            raise InputError(f"{name} is {found.dtype}")
+        return found
 
     def floats(self, name: str) -> NDArray[np.float32]:
         """A tensor that is not quantized, float32 in the shape of the checkpoint.

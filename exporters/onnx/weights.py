@@ -3,85 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from functools import cached_property
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from exporters.onnx import planes
-from exporters.onnx.graph_builder import GraphBuilder
-from exporters.onnx.integers import IntegerWeight, Storage, storage_of
+from exporters.onnx import lookup, planes
+from exporters.onnx.entries import (
+    FLOATS,
+    Contents,
+    WeightEntry,
+    code_type,
+    quantized,
+    scale_type,
+)
+from exporters.onnx.graph_builder import OPERATORS_OF_RUNTIME, GraphBuilder
+from exporters.onnx.integers import Storage
 from exporters.onnx.names import EMBEDDING, HEAD, HIGH, LOW, QUANTIZED, SCALE, ZERO
-from pipeline.errors import InputError, UnsupportedError, VerificationError
-from pipeline.quantization.formats import get_format
+from exporters.onnx.packed import pack_rows
+from exporters.onnx.table import Table
+from pipeline.errors import InputError, UnsupportedError
 
-FLOATS = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16}
-INTEGERS = {
-    2: (ir.DataType.INT2, ml_dtypes.int2),
-    4: (ir.DataType.INT4, ml_dtypes.int4),
-    8: (ir.DataType.INT8, np.int8),
-}
-"""ONNX type and its NumPy type by width."""
-
-UNSIGNED = {
-    2: (ir.DataType.UINT2, ml_dtypes.uint2),
-    4: (ir.DataType.UINT4, ml_dtypes.uint4),
-}
-"""Likewise, with zero points."""
-
-Content = IntegerWeight | NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class WeightEntry:
-    """A tensor of the checkpoint to write.
-
-    Attributes:
-        name: Hugging Face name.
-        type: F32, F16, or the name of a format that `storage_of` takes.
-        shape: As in the checkpoint: [n], or [out, in].
-        packed: Store 3-bit codes as planes (see `exporters.onnx.planes`) and not in a container of
-            4 bits; no matter for other types.
-        read: Gives the data: float32 of `shape` for F32 and F16, else an `IntegerWeight`. May be
-            called more than once, and only while the file is written.
-    """
-
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    read: Callable[[], Content]
-    packed: bool = False
-
-    @property
-    def storage(self) -> Storage | None:
-        """How a quantized matrix is held; None for floats."""
-        if self.type in FLOATS:
-            return None
-        return storage_of(get_format(self.type), self.shape, self.name)
-
-    @property
-    def in_planes(self) -> bool:
-        """Whether there are 3-bit codes to store as planes."""
-        quantized = self.type not in FLOATS
-        return self.packed and quantized and len(get_format(self.type).levels) == planes.LEVELS
-
-
-def check_table(entry: WeightEntry) -> None:
-    """Refuses an embedding whose rows cannot be gathered one by one.
-
-    Raises:
-        UnsupportedError: Its integers are not whole bytes.
-    """
-    storage = entry.storage
-    if storage is not None and (storage.bits != 8 or storage.unsigned):
-        raise UnsupportedError(
-            f"the token embedding in {entry.type}",
-            why="ONNX gathers rows of whole bytes only, and dequantizing the table first would "
-            "cost more than the rest of the model for every token",
-            fix="use F16, F32 or INT8_G32 for it",
-        )
+EXACT_LEVEL = 1
+"""Accuracy level of float32 activations."""
 
 
 class Weights:
@@ -95,8 +40,7 @@ class Weights:
     def __init__(self, build: GraphBuilder, entries: Iterable[WeightEntry]) -> None:
         self._build = build
         self._entries = {entry.name: entry for entry in entries}
-        self._rows: dict[str, tuple[ir.Value, ...]] = {}
-        self._last: tuple[str, Content] | None = None
+        self._contents = Contents()
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -113,7 +57,7 @@ class Weights:
                 f"{name} in {entry.type}", why="norms and biases are float32 in the graph"
             )
         return self._build.initializer(
-            name, ir.DataType.FLOAT, entry.shape, lambda: self._floats(entry)
+            name, ir.DataType.FLOAT, entry.shape, lambda: self._contents.floats(entry)
         )
 
     def linear(self, x: ir.Value, name: str) -> ir.Value:
@@ -121,107 +65,124 @@ class Weights:
 
         A quantized weight lies as [in, out] and goes through one DequantizeLinear along its first
         axis with a constant float32 scale into one MatMul: the form that ONNX Runtime fuses into
-        MatMulNBits. The scale is a Cast of fp16, which is computed as the file is loaded.
+        MatMulNBits. The scale is a Cast of fp16, which is computed as the file is loaded. E4M3 has
+        the same form and is not fused: ONNX Runtime expands it in every call.
         """
         module = name.removesuffix(".weight")
-        y = self._build.op("MatMul", x, self._matrix(name), name=module)
+        storage = self._entry(name).storage
+        if storage is not None and storage.float_zeros:
+            y = self._packed_product(x, name, storage)
+        else:
+            y = self._build.op("MatMul", x, self._matrix(name), name=module)
         bias = f"{module}.bias"
         return self._build.op("Add", y, self.vector(bias), name=module) if bias in self else y
 
-    def embed(self, ids: ir.Value, name: str = EMBEDDING) -> ir.Value:
-        """Rows of the embedding, float32 [batch, sequence, hidden].
+    def embed(self, ids: ir.Value) -> ir.Value:
+        """Rows of the embedding, float32 [batch, sequence, hidden], see `exporters.onnx.table`."""
+        return self._table.embed(ids)
 
-        Rows are gathered as they are stored and made float32 afterwards: a DequantizeLinear before
-        the Gather would expand the whole table for every token.
-        """
-        build, entry = self._build, self._entry(name)
-        check_table(entry)
-        codes, *scales = self._table(entry)
-        rows = build.op("Gather", codes, ids, name=f"{name}.rows")
-        if entry.type != "F32":
-            rows = build.op("Cast", rows, name=f"{name}.rows", to=ir.DataType.FLOAT)
-        if not scales:
-            return rows
-        storage = _quantized(entry)
-        groups = entry.shape[1] // storage.group
-        split = build.constant([0, 0, groups, storage.group], np.int64)
-        joined = build.constant([0, 0, entry.shape[1]], np.int64)
-        scale = build.op("Gather", scales[0], ids, name=f"{name}.scales")
-        scale = build.op("Cast", scale, name=f"{name}.scales", to=ir.DataType.FLOAT)
-        axis = build.constant([-1], np.int64)
-        scale = build.op("Unsqueeze", scale, axis, name=f"{name}.scales")
-        rows = build.op("Reshape", rows, split, name=f"{name}.groups")
-        rows = build.op("Mul", rows, scale, name=f"{name}.groups")
-        return build.op("Reshape", rows, joined, name=f"{name}.joined")
+    @cached_property
+    def _table(self) -> Table:
+        return Table(self._build, self._entry(EMBEDDING), self._contents)
 
     def _matrix(self, name: str) -> ir.Value:
         """W.T in float32, [in, out]."""
+        if name == EMBEDDING:
+            return self._table.columns()
         entry = self._entry(name)
-        table = name == EMBEDDING  # a tied head: the rows are there already
-        codes, *scales = self._table(entry) if table else self._columns(entry)
-        if table:
-            codes = self._turned(codes, f"{HEAD}.tied")
-            scales = [self._turned(s, f"{HEAD}.tied.scales") for s in scales]
-        module = HEAD if table else name
+        codes, *scales = self._initializers(entry)
         if not scales:
-            return codes if entry.type == "F32" else self._cast(codes, module)
-        scale = self._cast(scales[0], f"{module}{SCALE}")
-        group = _quantized(entry).group
-        inputs = (codes, scale, *scales[1:])
-        return self._build.op("DequantizeLinear", *inputs, name=module, axis=0, block_size=group)
+            return codes if entry.type == "F32" else self._cast(codes, name)
+        storage, word = quantized(entry), f"{name}{SCALE}"
+        if storage.number == "e2m1":
+            codes = lookup.doubled_e2m1(self._build, codes, np.int8, name)
+        powers = storage.exponents
+        scale = (
+            lookup.powers(self._build, scales[0], word) if powers else self._cast(scales[0], word)
+        )
+        inputs, group = (codes, scale, *scales[1:]), storage.group
+        return self._build.op("DequantizeLinear", *inputs, name=name, axis=0, block_size=group)
+
+    def _packed_product(self, x: ir.Value, name: str, storage: Storage) -> ir.Value:
+        """``x @ W.T`` as a MatMulNBits with float zero points, exact in both modes."""
+        entry, table = self._entry(name), name == EMBEDDING
+        outputs, inputs = entry.shape
+        product = self._build.op_multi(
+            "MatMulNBits",
+            x,
+            *(self._table.packed() if table else self._blobs(entry, storage)),
+            name=(HEAD if table else name).removesuffix(".weight"),
+            outputs=1,
+            domain=OPERATORS_OF_RUNTIME,
+            K=inputs,
+            N=outputs,
+            bits=storage.bits,
+            block_size=storage.group,
+            accuracy_level=EXACT_LEVEL,
+        )
+        return product[0]
+
+    def _blobs(self, entry: WeightEntry, storage: Storage) -> list[ir.Value]:
+        """Codes [out, groups, bytes], scales and zero points [out, groups]."""
+        (rows, width), contents = entry.shape, self._contents
+        groups, nbytes = width // storage.group, storage.group * storage.bits // 8
+
+        def codes() -> np.ndarray:
+            packed = pack_rows(contents.patterns(entry), storage.bits)
+            return packed.reshape(rows, groups, nbytes)
+
+        def half(suffix: str, read: Callable[[], np.ndarray]) -> ir.Value:
+            word = entry.name + suffix
+            value = self._build.initializer(word, FLOATS["F16"], (rows, groups), read)
+            return self._cast(value, word)
+
+        shape, kind = (rows, groups, nbytes), ir.DataType.UINT8
+        return [
+            self._build.initializer(entry.name + QUANTIZED, kind, shape, codes),
+            half(SCALE, lambda: contents.integers(entry).scales),
+            half(ZERO, lambda: contents.zeros(entry)),
+        ]
 
     def _cast(self, value: ir.Value, name: str) -> ir.Value:
         return self._build.op("Cast", value, name=name, to=ir.DataType.FLOAT)
 
-    def _turned(self, value: ir.Value, name: str) -> ir.Value:
-        return self._build.op("Transpose", value, name=name, perm=[1, 0])
-
-    def _table(self, entry: WeightEntry) -> tuple[ir.Value, ...]:
-        """Initializers of an embedding, as rows; made once, for itself and a tied head."""
-        if entry.name not in self._rows:
-            self._rows[entry.name] = self._initializers(entry, turned=False)
-        return self._rows[entry.name]
-
-    def _columns(self, entry: WeightEntry) -> tuple[ir.Value, ...]:
-        return self._initializers(entry, turned=True)
-
-    def _initializers(self, entry: WeightEntry, *, turned: bool) -> tuple[ir.Value, ...]:
-        """Codes, scales and zero points, or the one float tensor."""
+    def _initializers(self, entry: WeightEntry) -> tuple[ir.Value, ...]:
+        """Codes, scales and zero points, or the one float tensor, each [.., out]."""
 
         def make(
             suffix: str, dtype: ir.DataType, width: int, read: Callable[[], np.ndarray]
         ) -> ir.Value:
-            rows = entry.shape[0]
-            shape = (width, rows) if turned else (rows, width)
-            name = entry.name + suffix
-            load = (lambda: read().T) if turned else read
-            return self._build.initializer(name, dtype, shape, load)
+            shape = (width, entry.shape[0])
+            return self._build.initializer(entry.name + suffix, dtype, shape, lambda: read().T)
 
         storage, width = entry.storage, entry.shape[1]
         if storage is None:
             numpy = np.float16 if entry.type == "F16" else np.float32
-            return (make("", FLOATS[entry.type], width, lambda: self._floats(entry, numpy)),)
-        dtype, packed = (UNSIGNED if storage.unsigned else INTEGERS)[storage.bits]
-        groups = width // storage.group
-        if entry.in_planes:
-            codes = self._joined(entry)
-        else:
-            codes = make(
-                QUANTIZED, dtype, width, lambda: self._integers(entry).codes.astype(packed)
+            return (
+                make("", FLOATS[entry.type], width, lambda: self._contents.floats(entry, numpy)),
             )
-        scales = make(SCALE, FLOATS["F16"], groups, lambda: self._integers(entry).scales)
+        dtype, numpy_type = code_type(storage)
+        groups, contents = width // storage.group, self._contents
+
+        def patterns() -> np.ndarray:
+            found = contents.patterns(entry)
+            return found.view(numpy_type) if storage.number == "e4m3" else found.astype(numpy_type)
+
+        codes = self._joined(entry) if entry.in_planes else make(QUANTIZED, dtype, width, patterns)
+        scales = make(SCALE, scale_type(storage), groups, lambda: contents.integers(entry).scales)
         if not storage.unsigned:
             return codes, scales
-        return codes, scales, make(ZERO, dtype, groups, lambda: self._zeros(entry).astype(packed))
+        zeros = make(ZERO, dtype, groups, lambda: contents.zeros(entry).astype(numpy_type))
+        return codes, scales, zeros
 
     def _joined(self, entry: WeightEntry) -> ir.Value:
         """Codes [in, out] from two planes."""
         rows, width = entry.shape
-        signed = not _quantized(entry).unsigned
+        signed = not quantized(entry).unsigned
         offset = planes.OFFSET if signed else 0
 
         def plane(n: int) -> NDArray[np.uint8]:
-            return planes.split((self._integers(entry).codes + np.int8(offset)).T)[n]
+            return planes.split((self._contents.integers(entry).codes + np.int8(offset)).T)[n]
 
         low, high = (
             self._build.initializer(
@@ -239,49 +200,3 @@ class Weights:
         if name not in self._entries:
             raise InputError(f"tensor {name} is missing")
         return self._entries[name]
-
-    def _read(self, entry: WeightEntry) -> Content:
-        """Data of an entry; the last one is kept, as its parts are written one after the other."""
-        if self._last is None or self._last[0] != entry.name:
-            self._last = None
-            self._last = (entry.name, entry.read())
-        return self._last[1]
-
-    def _floats(self, entry: WeightEntry, dtype: type[np.floating] = np.float32) -> np.ndarray:
-        found = self._read(entry)
-        if (
-            isinstance(found, IntegerWeight)
-            or found.dtype != np.float32
-            or found.shape != entry.shape
-        ):
-            raise VerificationError(f"tensor {entry.name} is not the float32 that was announced")
-        with np.errstate(over="ignore"):
-            stored = found.astype(dtype)
-        if not np.isfinite(stored).all():
-            raise InputError(
-                f"tensor {entry.name} holds values that are not finite in {entry.type}",
-                why="a damaged checkpoint, or weights beyond the range of the type",
-            )
-        return stored
-
-    def _integers(self, entry: WeightEntry) -> IntegerWeight:
-        found, storage = self._read(entry), _quantized(entry)
-        if not isinstance(found, IntegerWeight) or (
-            (found.bits, found.group, found.codes.shape)
-            != (storage.bits, storage.group, entry.shape)
-        ):
-            raise VerificationError(f"tensor {entry.name} is not the {entry.type} announced")
-        return found
-
-    def _zeros(self, entry: WeightEntry) -> NDArray[np.int8]:
-        zeros = self._integers(entry).zeros
-        if zeros is None:
-            raise VerificationError(f"tensor {entry.name} has no zero points")
-        return zeros
-
-
-def _quantized(entry: WeightEntry) -> Storage:
-    storage = entry.storage
-    if storage is None:
-        raise ValueError(f"{entry.name} is not quantized")
-    return storage

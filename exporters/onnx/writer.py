@@ -15,11 +15,11 @@ import onnx_ir as ir
 from exporters.config_fields import Config
 from exporters.onnx.attention import AttentionKind
 from exporters.onnx.decoder import decoder_model
+from exporters.onnx.entries import WeightEntry
 from exporters.onnx.genai import genai_config
-from exporters.onnx.names import DATA, GENAI_CONFIG, MODEL, PROVENANCE, TYPES
+from exporters.onnx.names import DATA, EMBEDDING, GENAI_CONFIG, HEAD, MODEL, PROVENANCE, TYPES
 from exporters.onnx.rotation import KroneckerPair
 from exporters.onnx.size import Rotary
-from exporters.onnx.weights import WeightEntry
 from pipeline.errors import PipelineError, ResourceError, UsageError
 
 if TYPE_CHECKING:
@@ -68,8 +68,10 @@ def write_onnx(
     """
     model = decoder_model(config, entries, rotary, attention, inner_rotation)
     model.metadata_props.update(_metadata(entries, provenance or {}))
-    integers = [entry.storage.bits for entry in entries if entry.storage is not None]
-    genai = genai_config(config, exact=bool(integers) and set(integers) == {4})
+    head = HEAD in {entry.name for entry in entries}
+    products = [entry for entry in entries if entry.name != EMBEDDING or not head]
+    widths = {entry.product_bits for entry in products} - {None}
+    genai = genai_config(config, exact=widths == {4})
     with _staging(folder) as staging, _unwrapped():
         ir.save(
             model,

@@ -20,6 +20,7 @@ from pipeline.quantization.formats import (
     QuantizedTensor,
     group_offsets,
     group_scales,
+    stored_pair,
     zero_offset,
     zero_points,
 )
@@ -176,6 +177,9 @@ class _State:
             self.fields[name] = rounded[..., k].contiguous()
         if self.fmt.zero_points:
             self.fields["m"] = zero_offset(self.fields["d"], zero.float())
+        if self.fmt.zero_lattice is not None:
+            pair = stored_pair(self.fmt, fitted[..., 0], fitted[..., 1])
+            self.fields["d"], self.fields["m"] = (t.float().contiguous() for t in pair)
         self._evaluate()
         better = (self.loss() < before)[:, None]
         for name in old_fields:

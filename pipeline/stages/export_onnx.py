@@ -14,8 +14,9 @@ import torch
 
 from exporters.onnx import Rotary, WeightEntry, integer_weight, write_onnx
 from exporters.onnx.decoder import decoder_model
+from exporters.onnx.entries import Content
+from exporters.onnx.integers import canonical
 from exporters.onnx.rotation import KroneckerPair
-from exporters.onnx.weights import Content
 from pipeline.quantization.formats import QuantizedTensor
 from pipeline.recipe import Recipe
 from pipeline.stages.export import method_of
@@ -106,6 +107,7 @@ def promise(kind: str, content: QuantizedTensor | torch.Tensor) -> dict[str, str
     """Type and digests of a matrix, by which `verify` knows it again."""
     if not isinstance(content, QuantizedTensor):
         return {"type": kind, "sha256_float32": digest(content)}
+    content = canonical(content)
     stored = hashlib.sha256(content.codes.numpy().tobytes())
     for name, field in sorted(content.scales.items()):
         stored.update(name.encode() + np.ascontiguousarray(field.numpy()).tobytes())

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import prod
 
 from exporters.gguf import gguf_name, row_bytes, why_unscaled
-from exporters.onnx.integers import row_bytes as integer_row_bytes
+from exporters.onnx.integers import stored_bytes
 from pipeline.architectures.base import EMBEDDING, HEAD
 from pipeline.checkpoint import MIDDLE, Checkpoint, PackedMatrix
 from pipeline.errors import UnsupportedError, UsageError
@@ -18,7 +18,7 @@ from pipeline.quantization.formats import get_format
 from pipeline.quantization.layer import check_rounding
 from pipeline.recipe import Recipe, split_tensor_type
 from pipeline.stages.stored import FLOAT_TYPES
-from pipeline.targets import is_integer_type, smaller_group
+from pipeline.targets import is_onnx_type, smaller_group
 
 REPLACEMENTS = {
     **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
@@ -56,7 +56,7 @@ class TypePlan:
         """Bytes of all matrices' data, without metadata, padding and scales of whole tensors; with
         `packed`, 3 bits of ONNX take no container of 4."""
         return sum(
-            prod(shape[:-1]) * _row_bytes(self.types.get(name, "F32"), shape[-1], packed)
+            _stored_bytes(self.types.get(name, "F32"), shape, name, packed)
             for name, shape in shapes.items()
         )
 
@@ -224,7 +224,7 @@ def _fitting(kind: str, width: int) -> str:
     return kind
 
 
-def _row_bytes(kind: str, width: int, packed: bool) -> int:
-    if is_integer_type(kind):
-        return integer_row_bytes(get_format(kind), width, packed=packed)
-    return row_bytes(kind, width)
+def _stored_bytes(kind: str, shape: tuple[int, ...], name: str, packed: bool) -> int:
+    if is_onnx_type(kind):  # the types that both targets hold are equally large in both
+        return stored_bytes(get_format(kind), shape, name, packed=packed)
+    return prod(shape[:-1]) * row_bytes(kind, shape[-1])

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from exporters.onnx import OnnxFile, read_onnx
+from exporters.onnx import OnnxFile, read_onnx, storage_of
+from exporters.onnx.integers import OUTPUTS_AT_2_BITS, Storage
 from pipeline.architectures.base import EMBEDDING, HEAD, is_gain
 from pipeline.errors import InputError
 from pipeline.figures import size
 from pipeline.progress import Progress
+from pipeline.quantization.formats import get_format
 from pipeline.recipe import Recipe
 from pipeline.report import Gate
 from pipeline.stages.calibrate import Texts
@@ -148,23 +150,51 @@ def _tokens_gate(runner: OnnxRuntime, source: Source, texts: Texts) -> Gate:
 
 
 def _census_gate(runtime: str, census: Census, source: Source) -> Gate:
-    """What ONNX Runtime made of the linears: of quantized ones MatMulNBits, all of them."""
+    """What ONNX Runtime made of the linears: of quantized ones MatMulNBits, all of them but those
+    in types that it never fuses, which it expands to floats in every call."""
     kinds = source.plan.types
     linears = [kinds[name] for name in kinds if name not in (EMBEDDING, HEAD)] + [
         kinds[source.head]
     ]
     quantized = sum(kind not in FLOAT_TYPES for kind in linears)
-    wanted = Census(quantized, len(linears) - quantized + _rotations(source), 0)
+    expanded = sum(_is_expanded(kind) for kind in linears)
+    fused = quantized - expanded
+    wanted = Census(fused, len(linears) - quantized + _rotations(source), expanded)
     left = f"{census.dequantizers} DequantizeLinear, {census.float_linears} float products"
+    claim = f"all {fused} products with quantized weights became MatMulNBits"
+    if expanded:
+        claim += f"; {expanded} with FP8 are never fused, their weights are expanded in every call"
+    written = sum(_is_written_fused(kind) for kind in linears)
+    if written:
+        claim += f"; {written} with float zero points are that in the file, slow and not standard"
     return Gate(
         level="census",
-        claim=f"all {quantized} products with quantized weights became MatMulNBits",
+        claim=claim,
         runtime=runtime,
-        figure=f"{census.fused} fused",
-        limit=f"{quantized} fused, 0 DequantizeLinear",
+        figure=f"{census.fused} fused" + (f", {census.dequantizers} expanded" if expanded else ""),
+        limit=f"{fused} fused, {expanded} DequantizeLinear",
         status="green" if census == wanted else "red",
         detail="" if census == wanted else f"left: {left}",
     )
+
+
+def _is_expanded(kind: str) -> bool:
+    """Whether a quantized type is never fused."""
+    storage = _storage(kind)
+    return storage is not None and storage.number == "e4m3"
+
+
+def _is_written_fused(kind: str) -> bool:
+    """Whether a quantized type is a MatMulNBits in the file already."""
+    storage = _storage(kind)
+    return storage is not None and storage.float_zeros
+
+
+def _storage(kind: str) -> Storage | None:
+    if kind in FLOAT_TYPES:
+        return None
+    fmt = get_format(kind)
+    return storage_of(fmt, (OUTPUTS_AT_2_BITS, fmt.group_size))
 
 
 def _rotations(source: Source) -> int:

@@ -23,7 +23,7 @@ from onnxruntime.quantization.matmul_nbits_quantizer import (
 )
 
 from exporters.onnx import WeightEntry, integer_weight, write_onnx
-from exporters.onnx.weights import Content
+from exporters.onnx.entries import Content
 from pipeline import run
 from pipeline.progress import Progress, open_progress
 from pipeline.quantization.formats import QuantizedTensor

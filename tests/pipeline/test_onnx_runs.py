@@ -34,9 +34,12 @@ QUICK = {
 }
 """What files say is judged here, not how good they are."""
 
+SLOW = pytest.mark.slow
+
 ONNX = {**QUICK, "target": "onnx"}
 LEVELS = {"bytes", "tokens", "census", "twin", "greedy", "deployed", "quality"}
 MODEL, DATA = "model.onnx", "model.onnx_data"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +72,8 @@ def export(folder: Path, target: str, output: Path, **options: Any) -> Report:
         *(("llama", "INT4_G32"), ("llama", "INT3_G32"), ("llama", "INT2_G32")),
         *(("qwen2", "INT4_G64"), ("qwen3", "Q2_0"), ("llama", "INT8_G128")),
         *(("llama", "UINT4_G32"), ("qwen2", "UINT2_G64"), ("llama", "UINT3_G32")),
+        *(pytest.param("llama", kind, marks=SLOW) for kind in ("FP8_G64", "FINT2_G32")),
+        *(pytest.param(*pair, marks=SLOW) for pair in (("qwen2", "FP4_G32"), ("qwen3", "MXFP4"))),
     ],
 )
 def test_every_gate_is_green(family: str, kind: str, tmp_path: Path) -> None:
@@ -88,6 +93,16 @@ def test_every_gate_is_green(family: str, kind: str, tmp_path: Path) -> None:
     assert json.loads(metadata["piso.recipe"])["type"] == kind
     assert "model" not in json.loads(metadata["piso.recipe"])
     assert json.loads(metadata["piso.versions"])["onnx-ir"]
+
+
+def test_the_census_names_what_is_never_fused_or_not_standard(tmp_path: Path) -> None:
+    options = {**ONNX, "type": "FINT4_G32", "tensor_types": ("ffn_down=FP8_G32", "ffn_up=FP4_G32")}
+    report = deploy(trained_checkpoint("llama"), tmp_path / "out", options)
+    assert report.exit_code == 0, report.gates
+    for gate in (gate for gate in report.gates if gate.level == "census"):
+        assert (gate.figure, gate.limit) == ("13 fused, 2 expanded", "13 fused, 2 DequantizeLinear")
+        assert "2 with FP8 are never fused" in gate.claim
+        assert "10 with float zero points are that in the file" in gate.claim
 
 
 def test_both_files_hold_the_tuned_gains(both: Path) -> None:
@@ -227,8 +242,8 @@ def test_a_tokenizer_that_gguf_has_no_words_for_is_no_matter_for_onnx(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"type": "INT4_G32", "token_embedding_type": "INT4_G32"}, "token embedding in INT4_G32"),
-        ({"type": "INT4_G32", "pure": True, "token_embedding_type": None}, "embedding in INT4_G32"),
+        ({"type": "INT4_G32", "tensor_types": ("ffn_up=INT2_G64",)}, "126 outputs, which 2 bits"),
+        ({"type": "FP8_G32", "pure": True, "token_embedding_type": None}, "embedding in FP8_G32"),
         ({"type": "INT2_G64"}, "126 outputs, which 2 bits cannot hold"),
     ],
 )
@@ -255,7 +270,14 @@ def test_export_gives_the_file_that_a_deploy_would_have_given(both: Path, tmp_pa
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gguf", "onnx"]
 
 
-@pytest.mark.parametrize(("kind", "name"), [("INT4_G32", "Q4_0"), ("INT2_G64", "Q2_0")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("INT4_G32", "Q4_0"),
+        ("INT2_G64", "Q2_0"),
+        pytest.param("MXFP4", "MXFP4", marks=SLOW),
+    ],
+)
 def test_integer_types_have_other_names_in_gguf(kind: str, name: str, tmp_path: Path) -> None:
     deploy(trained_checkpoint("llama"), tmp_path / "onnx", {**ONNX, "type": kind})
     assert export(tmp_path / "onnx", "gguf", tmp_path / "gguf").exit_code == 0
@@ -287,18 +309,55 @@ def test_tables_that_the_target_cannot_hold_are_made_anew_and_counted(tmp_path: 
 @pytest.mark.parametrize(
     ("tables", "replaced"),
     [
-        ({"pure": True, "token_embedding_type": "Q4_0"}, "Q4_0 -> Q8_0 (made anew"),
+        ({"pure": True, "token_embedding_type": "Q4_1"}, "Q4_1 -> Q8_0 (made anew"),
         ({"token_embedding_type": "Q8_0", "output_tensor_type": "Q5_0"}, "Q5_0 -> Q8_0 (made anew"),
     ],
     ids=["pure", "own head"],
 )
-def test_tables_that_onnx_cannot_gather_or_hold(
+def test_tables_that_onnx_cannot_hold(
     tables: dict[str, Any], replaced: str, tmp_path: Path
 ) -> None:
     deploy(trained_checkpoint("llama"), tmp_path / "gguf", {**QUICK, "type": "Q4_0", **tables})
     report = export(tmp_path / "gguf", "onnx", tmp_path / "onnx")
     assert report.exit_code == 0
     assert any(replaced in note for note in report.notes)
+
+
+def test_a_narrow_table_is_taken_over_from_gguf_and_back(tmp_path: Path) -> None:
+    options = {**QUICK, "type": "Q4_0", "token_embedding_type": "Q4_0"}
+    deploy(trained_checkpoint("llama"), tmp_path / "gguf", options)
+    report = export(tmp_path / "gguf", "onnx", tmp_path / "onnx")
+    assert report.exit_code == 0
+    assert not report.counts["types replaced"]
+    assert manifest_of(tmp_path / "onnx")["tensors"][EMBEDDING]["type"] == "Q4_0"
+    assert export(tmp_path / "onnx", "gguf", tmp_path / "again").exit_code == 0
+    assert digest_of_model(tmp_path / "again") == digest_of_model(tmp_path / "gguf")
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {"target": "gguf,onnx", "type": "Q4_0", "token_embedding_type": "Q4_0"}),
+        pytest.param("qwen2", {"type": "INT4_G32", "token_embedding_type": "INT4_G32"}, marks=SLOW),
+        pytest.param(
+            "llama", {"type": "UINT4_G32", "token_embedding_type": None, "pure": True}, marks=SLOW
+        ),
+        ("qwen3", {"type": "INT4_G32", "token_embedding_type": "UINT2_G32"}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["type"],
+)
+def test_tables_of_packed_rows(family: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model = trained_checkpoint(family)
+    report = deploy(model, tmp_path / "out", {**ONNX, **options})
+    assert report.exit_code == 0, report.gates
+    census = next(gate for gate in report.gates if gate.level == "census")
+    config = json.loads((model / "config.json").read_text())
+    tied = config.get("tie_word_embeddings", False)
+    held = [n for n in read_onnx(tmp_path / "out" / MODEL).types if n.startswith("lm_head")]
+    assert bool(held) != tied
+    assert census.figure == "15 fused"
+    kind = options["token_embedding_type"] or options["type"]
+    assert read_onnx(tmp_path / "out" / MODEL).types[EMBEDDING] == kind
 
 
 def test_what_cannot_be_taken_over(both: Path, tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ from exporters.onnx.integers import storage_of
 from pipeline.errors import UnsupportedError, UsageError
 from pipeline.quantization.formats import GGML_FORMATS, get_format
 from pipeline.targets import (
+    BOTH,
     GGUF_NAMES,
     SHARED,
     check_held,
     compose_type,
-    is_integer_type,
+    is_onnx_type,
     parse_targets,
     smaller_group,
 )
@@ -37,15 +38,18 @@ def test_unknown_targets(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [f"{u}INT{b}_G{g}" for u, b, g in product(("", "U"), range(2, 9), GROUPS)]
+    "name",
+    [f"{u}{b}_G{g}" for u, b, g in product(("INT", "UINT"), range(2, 9), GROUPS)]
+    + [f"FP{b}_G{g}" for b, g in product((4, 8), GROUPS)]
+    + [f"FINT{b}_G{g}" for b, g in product((2, 4), GROUPS)],
 )
-def test_integer_types_are_those_that_the_exporter_stores(name: str) -> None:
+def test_types_of_onnx_are_those_that_the_exporter_stores(name: str) -> None:
     try:
         storage_of(get_format(name), (512, 512))
     except UnsupportedError:
-        assert not is_integer_type(name)
+        assert not is_onnx_type(name)
     else:
-        assert is_integer_type(name)
+        assert is_onnx_type(name)
         check_held(name, "onnx")
 
 
@@ -62,7 +66,7 @@ def test_ggml_types_that_onnx_holds_are_those_that_the_exporter_stores(name: str
                 check_held(name, target)
     else:
         check_held(name, "gguf,onnx")
-        assert name in SHARED.values()
+        assert name in BOTH
 
 
 def test_what_both_names_mean_is_the_same() -> None:
@@ -85,7 +89,7 @@ def test_mixes_belong_to_gguf() -> None:
     check_held("Q4_K_M", "gguf")
     with pytest.raises(ValueError, match=r"the mix Q4_K_M; it holds .* INT4_G32"):
         check_held("Q4_K_M", "onnx")
-    with pytest.raises(ValueError, match="GGUF cannot hold INT3_G64; both hold Q4_0, Q2_0, Q8_0"):
+    with pytest.raises(ValueError, match=r"GGUF cannot hold INT3_G64; both hold Q4_0, .*, MXFP4"):
         check_held("INT3_G64", "gguf,onnx")
 
 
@@ -140,4 +144,6 @@ def test_smaller_groups_end_where_the_runtime_has_none() -> None:
     assert smaller_group("UINT3_G32") == "UINT3_G16"
     assert smaller_group("INT4_G16") is None
     assert smaller_group("INT2_G32") is None
+    assert smaller_group("FP4_G64") == "FP4_G32"
+    assert smaller_group("FP8_G16") is None
     assert smaller_group("Q4_0") is None

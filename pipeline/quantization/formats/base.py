@@ -36,6 +36,7 @@ class Format:
             subtracted; affine formats without one store an offset a group.
         zero_points: The offset of an affine format is ``-scale * z`` with an integer z among the
             codes, as ONNX stores it, and not on the lattice.
+        zero_lattice: Likewise with z on this lattice instead of an integer, see `FLOAT_ZEROS`.
         sub_step: Spacing of the sub-scales in their range.
         codebook: Which codes may stand side by side; None if all may.
         storage_block: Inputs that a file stores together, where that is more than `super_group`.
@@ -55,6 +56,7 @@ class Format:
     sub_scale: tuple[int, int] | None = None
     sub_offset: tuple[int, int] | None = None
     zero_points: bool = False
+    zero_lattice: ScaleLattice | None = None
     sub_step: int = 1
     codebook: Codebook | None = None
     storage_block: int = 0
@@ -96,6 +98,11 @@ class Format:
     def vector(self) -> int:
         """Consecutive inputs that are rounded together: one without a codebook."""
         return 1 if self.codebook is None else self.codebook.unit
+
+    @property
+    def scaled_offsets(self) -> bool:
+        """Whether an offset is a zero point times the scale."""
+        return self.zero_points or self.zero_lattice is not None
 
     def positive(self) -> Format:
         """The same format without negative (super-)scales and sub-scales, if it has sub-scales.
@@ -159,21 +166,34 @@ class QuantizedTensor:
 
 def stored_pair(fmt: Format, scale: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """Wanted scales and offsets of a format without sub-scales as it can store them, any shape."""
-    scale = fmt.scale_lattice.round(scale)
-    if not fmt.zero_points:
+    scale = fmt.scale_lattice.round(carrying(fmt, scale, offset))
+    if not fmt.scaled_offsets:
         return scale, fmt.scale_lattice.round(offset)
     return scale, zero_offset(scale, zero_points(fmt, scale, offset))
 
 
+def carrying(fmt: Format, scale: Tensor, offset: Tensor) -> Tensor:
+    """Scales that are large enough for float zero points to reach the offsets, same shape: weights
+    that are all alike have nearly no scale. Other formats' scales as they are."""
+    if fmt.zero_lattice is None:
+        return scale
+    smallest = 2.0**fmt.scale_lattice.min_step_exponent
+    least = (1.001 * offset.abs() / fmt.zero_lattice.max_value).clamp_min(smallest)
+    least = torch.where(offset == 0, 0.0, least)
+    return torch.where(scale < 0, -1.0, 1.0) * torch.maximum(scale.abs(), least)
+
+
 def zero_points(fmt: Format, scale: Tensor, offset: Tensor) -> Tensor:
-    """The integer zero points nearest to ``-offset / scale``, same shape and dtype; 0 where the
-    scale is 0."""
+    """The zero points nearest to ``-offset / scale``, integers or on the format's lattice, same
+    shape and dtype; 0 where the scale is 0."""
     ratio = torch.where(scale == 0, 0.0, -offset / torch.where(scale == 0, 1.0, scale))
+    if fmt.zero_lattice is not None:
+        return fmt.zero_lattice.round(ratio)
     return ratio.round().clamp(0, len(fmt.levels) - 1)
 
 
 def zero_offset(scale: Tensor, zero: Tensor) -> Tensor:
-    """``-scale * zero`` without a negative 0, exact for fp16 scales even in float32."""
+    """``-scale * zero`` without a negative 0, exact for fp16 values even in float32."""
     return 0.0 - scale * zero
 
 

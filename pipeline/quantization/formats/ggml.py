@@ -10,13 +10,11 @@ from dataclasses import replace
 
 from pipeline.quantization.formats.base import Format
 from pipeline.quantization.formats.codebook import Codebook
+from pipeline.quantization.formats.floating import E2M1_LEVELS
 from pipeline.quantization.formats.lattice import E8M0, FP16, UE4M3, ScaleLattice
 
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 """Table of the non-linear 4-bit types (``kvalues_iq4nl``)."""
-
-FP4_LEVELS = (-12, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 12)
-"""E2M1 doubled (``kvalues_mxfp4``); the negative zero is left out."""
 
 IQ2_MAGNITUDES = (8, 25, 43)
 IQ3_XXS_MAGNITUDES = (4, 12, 20, 28, 36, 44, 52, 62)
@@ -113,9 +111,9 @@ _FORMATS = (
     _plain("IQ4_NL", IQ4_LEVELS, 32, 18, integer=False),
     _plain("TQ1_0", range(-1, 2), 256, 54),
     _plain("TQ2_0", range(-1, 3), 256, 66),
-    _plain("MXFP4", FP4_LEVELS, 32, 17, integer=False, lattice=E8M0),
+    _plain("MXFP4", E2M1_LEVELS, 32, 17, integer=False, lattice=E8M0),
     replace(
-        _plain("NVFP4", FP4_LEVELS, 16, 9, integer=False, lattice=UE4M3),
+        _plain("NVFP4", E2M1_LEVELS, 16, 9, integer=False, lattice=UE4M3),
         storage_block=64,
         tensor_scale=1.0,
     ),

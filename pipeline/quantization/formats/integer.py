@@ -1,13 +1,18 @@
-"""Integer formats with any group size: ``INT3``, ``INT2_G16``; with zero points ``UINT4_G32``."""
+"""Integer formats with any group size: ``INT3``, ``INT2_G16``; with integer zero points
+``UINT4_G32``, with float ones ``FINT4_G32``."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 from pipeline.quantization.formats.base import Format
-from pipeline.quantization.formats.lattice import FP16, ScaleLattice
+from pipeline.quantization.formats.lattice import FLOAT_ZEROS, FP16, ScaleLattice
 
-_NAME = re.compile(r"(U?)INT([2-8])(?:_G(\d+))?\Z")
+_NAME = re.compile(r"([UF]?)INT([2-8])(?:_G(\d+))?\Z")
+
+FLOAT_ZERO_BITS = (2, 4)
+"""Widths of codes with float zero points: those of MatMulNBits, which has them nowhere else."""
 
 MOST_ZERO_POINT_BITS = 4
 """Each zero point is a sweep of its own: 256 of them would take minutes a layer."""
@@ -61,6 +66,23 @@ def zero_point_format(bits: int, group_size: int = 0, lattice: ScaleLattice = FP
     )
 
 
+def float_zero_format(bits: int, group_size: int, lattice: ScaleLattice = FP16) -> Format:
+    """Unsigned integers with a scale and a zero point of fp16 a group: ``w = scale * (code - z)``.
+
+    Args:
+        bits: 2 or 4.
+        group_size: Inputs per scale.
+        lattice: Storage type of the scales.
+    """
+    return replace(
+        zero_point_format(bits, group_size, lattice),
+        name=f"FINT{bits}_G{group_size}",
+        bits_per_weight=bits + 32 / group_size,
+        zero_points=False,
+        zero_lattice=FLOAT_ZEROS,
+    )
+
+
 def parse_integer(name: str) -> Format | None:
     """The format that a name such as ``INT4_G32`` means, or None if it is not of this family."""
     match = _NAME.match(name)
@@ -69,4 +91,6 @@ def parse_integer(name: str) -> Format | None:
     bits, group = int(match[2]), int(match[3] or 0)
     if not match[1]:
         return integer_format(bits, group)
+    if match[1] == "F":
+        return float_zero_format(bits, group) if bits in FLOAT_ZERO_BITS and group else None
     return zero_point_format(bits, group) if bits <= MOST_ZERO_POINT_BITS else None

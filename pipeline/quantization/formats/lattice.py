@@ -67,6 +67,10 @@ class ScaleLattice:
 FP32 = ScaleLattice("fp32", 24, -149, 3.4028234663852886e38)
 FP16 = ScaleLattice("fp16", 11, -24, 65504.0)
 BF16 = ScaleLattice("bf16", 8, -133, 3.3895313892515355e38)
+FLOAT_ZEROS = ScaleLattice("fp16 zero point", 11, -12, 2048.0)
+"""Zero points that fp16 holds and that are multiples of 2^-12: a code minus a zero point, and a
+scale times a zero point, are then exact in float32, and ``s (q - z)`` rounds once in any order."""
+
 E8M0 = ScaleLattice("e8m0", 1, -128, 2.0**127, signed=False)
 """Powers of two as MXFP4 in ggml stores them, halved to meet its doubled levels; and 0."""
 UE4M3 = ScaleLattice("ue4m3", 4, -10, 224.0, signed=False)

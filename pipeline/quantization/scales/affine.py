@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.errors import InputError
 from pipeline.kernels import affine_lines, affine_offsets, piso_sweep
-from pipeline.quantization.formats import Format, ScaleLattice
+from pipeline.quantization.formats import FP32, Format, ScaleLattice, carrying, zero_offset
 from pipeline.quantization.scales.base import BlockProblem, BlockScales
 
 EXACT_CROSSINGS = 6000
@@ -46,12 +46,17 @@ SEED = _Effort((0.72, 0.86, 1.0, 1.2), (), 0, 0)
 LATTICE_STEPS = 2
 """Lattice steps of the scale that are tried on each side for fixed codes."""
 
+ZERO_STEPS = 8
+"""Likewise of a float zero point."""
+
 _Found = tuple[Tensor, Tensor, Tensor, Tensor]
 """Scale, offset (or zero point), codes and objective of every row."""
 
 
 def piso_affine(problem: BlockProblem, fmt: Format, *, signed: bool = True) -> BlockScales:
     """Scale and offset of one block that minimise ``v' M v - 2 v' b`` over codes by rounding.
+
+    With float zero points the offset is one of them times the scale, else on the scales' lattice.
 
     Exact over every code vector that affine rounding of the weights (or of the minimum ``M^-1 b``,
     where that differs) reaches, with scale and offset free, where the block is small; else the best
@@ -68,7 +73,12 @@ def piso_affine(problem: BlockProblem, fmt: Format, *, signed: bool = True) -> B
     top = len(fmt.levels) - 1
     weights, codes = _rounded(weights, M, linear, top)
     signed = signed and fmt.signed_scale and fmt.scale_lattice.signed
-    scale, offset, codes = _on_lattice(weights, M, linear, codes, top, fmt.scale_lattice, signed)
+    if fmt.zero_lattice is None:
+        scale, offset, codes = _on_lattice(
+            weights, M, linear, codes, top, fmt.scale_lattice, signed
+        )
+    else:
+        scale, offset, codes = _with_zero_points(weights, M, linear, codes, fmt)
     scale, offset = (t[:, None].to(problem.weights.dtype) for t in (scale, offset))
     return BlockScales(scale, offset, {"d": scale.float(), "m": offset.float()}, codes)
 
@@ -208,6 +218,50 @@ def _on_lattice(
     best = _better(best, affine_offsets(weights, M, linear, top + 1, around, lattice))
     scale, offset, codes, _ = _better(best, _best_pair(M, linear, best[2], lattice, signed))
     return scale, offset, codes
+
+
+def _with_zero_points(
+    weights: Tensor, M: Tensor, linear: Tensor, codes: Tensor, fmt: Format
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Best scale and float zero point: for the codes found, and for those that are best at the
+    nearest scales with an offset of their own."""
+    best = _best_zeros(M, linear, codes, fmt)
+    fitted = fit_offsets(codes, M, linear)[0].clamp_min(0)
+    around = torch.stack([*fmt.scale_lattice.neighbours(fitted), best[0]], dim=1)
+    free = affine_offsets(weights, M, linear, len(fmt.levels), around, FP32)
+    scale, offset, codes, _ = _better(best, _best_zeros(M, linear, free[2], fmt))
+    return scale, offset, codes
+
+
+def _best_zeros(M: Tensor, linear: Tensor, codes: Tensor, fmt: Format) -> _Found:
+    """Best lattice scale and float zero point of fixed codes, and the objective.
+
+    Of the zero points within `ZERO_STEPS` of the fitted one each has a best scale, the vertex of a
+    parabola, of which the lattice points on both sides are tried.
+    """
+    lattice, zeros = fmt.scale_lattice, fmt.zero_lattice
+    if zeros is None:
+        raise ValueError(f"{fmt.name} has no float zero points")
+    fitted, wanted = (value[:, None] for value in fit_offsets(codes, M, linear))
+    fitted = carrying(fmt, fitted.clamp_min(0), wanted)
+    ratio = torch.where(fitted > 0, -wanted / torch.where(fitted > 0, fitted, 1.0), 0.0)
+    below, above = zeros.neighbours(ratio)
+    reach = torch.arange(-ZERO_STEPS, ZERO_STEPS + 1, dtype=M.dtype, device=M.device)
+    zero = zeros.round(below + reach * (above - below).clamp_min(2.0**zeros.min_step_exponent))
+    q = codes.to(M.dtype)
+    product, total = q @ M, M.sum()
+    sides = [(q * other).sum(1, keepdim=True) for other in (product, linear)]
+    crossed, b = (other.sum(1, keepdim=True) for other in (product, linear))
+    curvature = sides[0] - zero * (2 * crossed - zero * total)
+    slope = sides[1] - zero * b
+    usable = curvature > 0
+    vertex = torch.where(usable, slope / torch.where(usable, curvature, 1.0), 0.0).clamp_min(0)
+    scale = torch.stack(lattice.neighbours(vertex), dim=2)
+    value = scale * (scale * curvature[:, :, None] - 2 * slope[:, :, None])
+    objective, at = value.reshape(len(q), -1).min(1)
+    chosen = scale.reshape(len(q), -1).gather(1, at[:, None])[:, 0]
+    offset = zero_offset(chosen, zero.gather(1, at[:, None] // 2)[:, 0])
+    return chosen, offset, codes, objective
 
 
 def _best_pair(

@@ -140,7 +140,7 @@ class _Search:
         size, sign = scale.abs(), scale.sign()
         below = sign * self.lattice.neighbours(size * (1 - 2**-20))[0]
         above = sign * self.lattice.neighbours(size * (1 + 2**-20))[1]
-        if not self.fmt.zero_points:
+        if not self.fmt.scaled_offsets:
             return [(below, offset), (above, offset)]
         return [stored_pair(self.fmt, below, offset), stored_pair(self.fmt, above, offset)]
 

@@ -36,6 +36,7 @@ LINEAR = "model.layers.0.mlp.down_proj.weight"
         ("INT4_G8", (64, 64), "groups of 8"),
         ("INT4_G48", (64, 96), "groups of 48"),
         ("INT4", (64, 1024), "groups of 1024"),
+        ("INT4", (64, 128), "groups of 128"),
         ("INT2_G16", (64, 64), "groups of 16 .* at 2 bits"),
         ("INT2_G256", (64, 256), "groups of 256 .* at 2 bits"),
         ("INT4_G32", (64, 80), "do not divide"),
@@ -47,7 +48,7 @@ LINEAR = "model.layers.0.mlp.down_proj.weight"
         ("Q4_1", (64, 64), "cannot be stored"),
         ("Q5_0", (64, 64), "cannot be stored"),
         ("IQ4_NL", (64, 64), "cannot be stored"),
-        ("MXFP4", (64, 64), "cannot be stored"),
+        ("IQ2_XS", (64, 256), "cannot be stored"),
         ("Q2_K", (64, 256), "cannot be stored"),
         ("Q3_K", (64, 256), "cannot be stored"),
         ("Q6_K", (64, 256), "cannot be stored"),
@@ -68,7 +69,7 @@ def test_of_the_types_of_ggml_only_these_are_stored() -> None:
             return False
         return True
 
-    assert {name for name in GGML_FORMATS if accepted(name)} == {"Q2_0", "Q4_0", "Q8_0"}
+    assert {name for name in GGML_FORMATS if accepted(name)} == {"Q2_0", "Q4_0", "Q8_0", "MXFP4"}
 
 
 def solved(kind: str = "INT4_G32") -> QuantizedTensor:
@@ -192,7 +193,11 @@ REFUSED: dict[str, tuple[type[PipelineError], str, Change]] = {
     ),
     "norm in F16": (UnsupportedError, "norms and biases", replace(NORM, type="F16")),
     "quantized norm": (UnsupportedError, "norms and biases", replace(NORM, type="Q4_0")),
-    "packed rows": (UnsupportedError, "rows of whole bytes", replace(EMBEDDING, type="INT4_G32")),
+    "floats for rows": (
+        VerificationError,
+        "not the INT4_G32 announced",
+        replace(EMBEDDING, type="INT4_G32"),
+    ),
     "unknown type": (UnsupportedError, "unknown type", replace(LINEAR, type="INT9")),
     "group of 512": (UnsupportedError, "groups of", replace(LINEAR, type="INT4_G512")),
     "family": (UnsupportedError, "architecture 'gemma'", configure(model_type="gemma")),

@@ -14,7 +14,7 @@ import torch
 from onnx import numpy_helper
 
 from exporters.onnx import integer_weight, read_onnx
-from exporters.onnx.integers import quantized_tensor
+from exporters.onnx.integers import quantized_tensor, stored_bytes
 from pipeline.errors import InputError, VerificationError
 from pipeline.quantization.formats import get_format
 from tests.onnx_models import EMBEDDING, HEAD, TinyModel, census, random_ids, rounded, run, session
@@ -24,6 +24,7 @@ SYMMETRIC = ("Q2_0", "Q4_0", "Q8_0", "INT2_G32", "INT3_G16", "INT4_G64", "INT8_G
 ZERO_POINTS = ("UINT2_G32", "UINT3_G64", "UINT4_G16", "UINT4_G32")
 MATRICES = (*SYMMETRIC, *ZERO_POINTS)
 STORED = {"Q2_0": 2, "Q4_0": 4, "Q8_0": 8, "INT2_G32": 2, "INT3_G16": 4, "INT4_G64": 4}
+MLP = "model.layers.0.mlp"
 LINEARS = 14  # 7 in each of 2 blocks
 
 
@@ -150,8 +151,23 @@ def test_zero_points_come_back_bit_for_bit(kind: str) -> None:
         same = back.scales[name].view(torch.int32) == solved.scales[name].view(torch.int32)
         assert same.all()
     m[4, 0] += 0.5 * d[4, 0]
-    with pytest.raises(VerificationError, match="no integer zero point"):
+    with pytest.raises(VerificationError, match="no zero point"):
         integer_weight(solved)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", [*MATRICES, "UINT2_G64", "UINT4_G64"])
+def test_a_matrix_is_as_large_as_announced(kind: str, packed: bool, tmp_path: Path) -> None:
+    """Zero points of 64 rows of one group among them, which together fill whole bytes."""
+    model = TinyModel("llama", linears(kind), packed=packed)
+    proto = onnx.load(str(model.write(tmp_path)))
+    for name, shape in (
+        (f"{MLP}.down_proj.weight", (64, 128)),
+        (f"{MLP}.up_proj.weight", (128, 64)),
+    ):
+        held = [t for t in proto.graph.initializer if t.name.startswith(name)]
+        wanted = stored_bytes(get_format(kind), shape, name, packed=packed)
+        assert sum(len(t.raw_data) for t in held) == wanted
 
 
 @pytest.mark.parametrize("kind", ["UINT2_G32", "UINT4_G32"])
@@ -174,7 +190,7 @@ def test_damaged_zero_points_are_noticed(tmp_path: Path) -> None:
     for array in (np.zeros((4, 64), np.uint8), np.zeros((2, 64), ml_dtypes.uint4)):
         zeros.CopyFrom(numpy_helper.from_array(array, zeros.name))
         onnx.save(proto, str(path), save_as_external_data=True, location="model.onnx_data")
-        with pytest.raises(InputError, match="zero point"):
+        with pytest.raises(InputError, match=r"zero[ _]point"):
             read_onnx(path).quantized(name)
         proto = onnx.load(str(path))
         zeros = next(t for t in proto.graph.initializer if t.name == f"{name}_zero_point")

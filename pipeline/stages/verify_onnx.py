@@ -161,7 +161,8 @@ def _census_gate(runtime: str, census: Census, source: Source) -> Gate:
     fused = quantized - expanded
     wanted = Census(fused, len(linears) - quantized + _rotations(source), expanded)
     left = f"{census.dequantizers} DequantizeLinear, {census.float_linears} float products"
-    claim = f"all {fused} products with quantized weights became MatMulNBits"
+    other = "other " if expanded else ""
+    claim = f"all {fused} products with {other}quantized weights became MatMulNBits"
     if expanded:
         claim += f"; {expanded} with FP8 are never fused, their weights are expanded in every call"
     written = sum(_is_written_fused(kind) for kind in linears)

@@ -20,7 +20,7 @@ from pipeline.identity import identity_of_run
 from pipeline.order import Order
 from pipeline.progress import Progress
 from pipeline.quantization.formats import QuantizedTensor, get_format
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, split_tensor_type
 from pipeline.recipe_files import ResolvedRecipe, load_recipe
 from pipeline.report import Report
 from pipeline.run import check_original, prepare
@@ -94,7 +94,8 @@ def reexport(
         enter(progress, "transform")
         rewritten = transform(recipe, source, texts.calibration, Delivered(folder), progress)
         enter(progress, "quantize")
-        return _take_over(rewritten, file, run, progress), None
+        model = _take_over(rewritten, file, run, progress)
+        return replace(model, tuned=manifest.get("tuning", {})), None
 
     given = ResolvedRecipe(recipe, resolved.origins)
     return carry_out(order, identity, given, source, texts, matrices, progress)
@@ -115,10 +116,15 @@ def _resolved(
             unset.append(f"{key}=")
     if "onnx" in wanted:
         unset.append("pure=false")  # else tables that are made anew would be of the one type, too
+    rules = [split_tensor_type(text) for text in finished.tensor_types]
+    if "gguf" in wanted:
+        rules = [(pattern, GGUF_NAMES.get(kind, kind)) for pattern, kind in rules]
+    held = tuple(f"{pattern}={kind}" for pattern, kind in rules if _held(kind, wanted))
     kind = None if finished.budgeted else finished.weight_type
     if kind is not None and "gguf" in wanted:
         kind = GGUF_NAMES.get(kind, kind)
     options: dict[str, Any] = {"target": target, "type": kind, "onnx.attention": attention}
+    options["tensor_types"] = held
     if model is not None:
         options["model"] = str(Path(model).resolve()) if Path(model).exists() else model
     return load_recipe(file=folder / RECIPE, overrides=unset, options=options)

@@ -132,8 +132,8 @@ def bit_patterns(places: NDArray[np.int8], bits: int) -> NDArray[np.uint8]:
         places: Counted from the level 0, any shape.
         bits: 4 or 8.
     """
-    magnitude = np.abs(places.astype(np.int16))
-    return (magnitude | (places < 0) << (bits - 1)).astype(np.uint8)
+    sign = (places < 0).view(np.uint8) << np.uint8(bits - 1)
+    return np.abs(places).view(np.uint8) | sign
 
 
 def places(patterns: NDArray[np.uint8], bits: int) -> NDArray[np.int8]:
@@ -343,6 +343,8 @@ def quantized_tensor(stored: IntegerWeight, fmt: Format, name: str = "a matrix")
     if codes.min() < fmt.code_min or codes.max() >= fmt.code_min + len(fmt.levels):
         raise VerificationError(f"a code of {name} is none of {fmt.name}")
     fields = {"d": torch.from_numpy(sign * scale_values(stored.scales))}
+    if not fields["d"].isfinite().all() or (not fmt.signed_scale and (fields["d"] < 0).any()):
+        raise VerificationError(f"a scale of {name} is none of {fmt.name}")
     if storage.unsigned:
         if stored.zeros is None or (stored.zeros.shape, stored.zeros.dtype == np.float16) != (
             groups,

@@ -58,11 +58,12 @@ class OnnxFile:
         kind = self.types.get(name, "F32")
         if kind in FLOATS:
             raise InputError(f"{self.path}: {name} is not quantized")
-        scales = self._array(name + SCALE)
         try:
             fmt = get_format(kind)
-            if scales.dtype != (np.uint8 if fmt.scale_lattice is E8M0 else np.float16):
-                raise InputError(f"{name} has {scales.dtype} scales")
+            wanted = np.uint8 if fmt.scale_lattice is E8M0 else np.float16
+            scales = self._array_of(name + SCALE, wanted)
+            if scales.ndim != 2 or 0 in scales.shape:
+                raise InputError(f"{name} has scales of shape {scales.shape}")
             blobs = fmt.zero_lattice is not None
             rows = blobs or name == EMBEDDING  # all others lie turned
             held: Any = np.ascontiguousarray(scales if rows else scales.T)
@@ -75,14 +76,14 @@ class OnnxFile:
             codes = np.ascontiguousarray(codes)
             weight = IntegerWeight(storage.bits, storage.group, codes, held, zeros, storage.number)
             return quantized_tensor(weight, fmt, name)
-        except PipelineError as error:
+        except (PipelineError, ValueError, TypeError, IndexError) as error:
             raise InputError(
                 f"{self.path}: {name} is not the {kind} announced", why=str(error)
             ) from error
 
     def _blobs(self, name: str, storage: Storage, groups: int) -> tuple[Codes, Zeros | None]:
         """Codes and float zero points of a MatMulNBits, or of an embedding."""
-        packed = self._array(name + QUANTIZED)
+        packed = self._bytes(name + QUANTIZED)
         codes = unpack_rows(packed.reshape(len(packed), -1), storage.bits, groups * storage.group)
         return codes, self._array_of(name + ZERO, np.float16).astype(np.float16)
 
@@ -90,8 +91,7 @@ class OnnxFile:
         """Codes and zero points that lie as [in, out]."""
         wanted = code_type(storage)[1]
         if name + LOW in self._tensors:
-            low, high = self._array(name + LOW), self._array(name + HIGH)
-            codes = planes.join(low.astype(np.uint8, copy=False), high.astype(np.uint8, copy=False))
+            codes = planes.join(self._bytes(name + LOW), self._bytes(name + HIGH))
             codes = codes if storage.unsigned else codes - np.int8(planes.OFFSET)
         else:
             stored = self._array_of(name + QUANTIZED, wanted)
@@ -107,21 +107,24 @@ class OnnxFile:
             return self._array_of(name + QUANTIZED, INTEGERS[8][1]).astype(np.int8), None
         if name + LOW in self._tensors:
             bits = planes.WIDTH
-            codes = unpack_rows(self._array(name + LOW), planes.LOW_BITS, count)
-            high = unpack_rows(self._array(name + HIGH), bits - planes.LOW_BITS, count)
+            codes = unpack_rows(self._bytes(name + LOW), planes.LOW_BITS, count)
+            high = unpack_rows(self._bytes(name + HIGH), bits - planes.LOW_BITS, count)
             codes = codes | high << np.int8(planes.LOW_BITS)
         else:
-            codes = unpack_rows(self._array(name + QUANTIZED), bits, count)
+            codes = unpack_rows(self._bytes(name + QUANTIZED), bits, count)
         if storage.number != "integer":
             return codes, None
         if not storage.unsigned:
             return sign_extended(codes, bits), None
-        return codes, unpack_rows(self._array(name + ZERO), storage.bits, groups)
+        return codes, unpack_rows(self._bytes(name + ZERO), storage.bits, groups)
+
+    def _bytes(self, name: str) -> NDArray[np.uint8]:
+        return self._array_of(name, np.uint8).astype(np.uint8, copy=False)
 
     def _array_of(self, name: str, wanted: Any) -> NDArray[np.generic]:
         found = self._array(name)
         if found.dtype != wanted:
-            raise InputError(f"{name} is {found.dtype}")
+            raise InputError(f"{self.path}: {name} is {found.dtype}")
         return found
 
     def floats(self, name: str) -> NDArray[np.float32]:
@@ -132,7 +135,8 @@ class OnnxFile:
         """
         if self.types.get(name) not in FLOATS:
             raise InputError(f"{self.path}: there are no floats {name}")
-        values = self._array(name).astype(np.float32)
+        wanted = np.float16 if self.types[name] == "F16" else np.float32
+        values = self._array_of(name, wanted).astype(np.float32)
         turned = values.ndim == 2 and name != EMBEDDING
         return np.ascontiguousarray(values.T if turned else values)
 
@@ -148,7 +152,7 @@ class OnnxFile:
                     raise InputError(f"{self.path}: {name} lies in {where!r}, not in {DATA}")
                 external_data_helper.load_external_data_for_tensor(tensor, str(self.path.parent))
             return numpy_helper.to_array(tensor)
-        except (OSError, ValueError, onnx.checker.ValidationError) as error:
+        except (OSError, ValueError, TypeError, KeyError, onnx.checker.ValidationError) as error:
             raise InputError(
                 f"{self.path}: tensor {name} cannot be read", why=str(error)
             ) from error
@@ -167,7 +171,7 @@ def read_onnx(path: Path) -> OnnxFile:
     metadata = {entry.key: entry.value for entry in model.metadata_props}
     try:
         types = json.loads(metadata.get(TYPES, ""))
-    except ValueError:
+    except (ValueError, RecursionError):
         types = None
     if not isinstance(types, dict) or not all(isinstance(kind, str) for kind in types.values()):
         raise InputError(f"{path} has no {TYPES}", why="it was not written by this exporter")

@@ -45,7 +45,7 @@ def check_table(entry: WeightEntry) -> None:
         raise UnsupportedError(
             f"the token embedding in {entry.type}",
             why="ONNX gathers no FLOAT8 and nothing fuses it into a tied head",
-            fix="use F16, INT8_G32 or INT4_G32 for it",
+            fix="give it another, as with --token-embedding-type INT4_G32; a tied head shares it",
         )
 
 

@@ -96,13 +96,13 @@ def tune(
     """
     if not recipe.tuning.steps:
         return model
+    windows, why = texts.tuning, ""
     if model.source.checkpoint.packed or recipe.imatrix is not None:
-        progress.note("norm gains are not tuned: matrices were taken over, or weighted by a matrix")
-        return model
-    windows = texts.tuning
-    if windows is None or len(windows) < 2:
-        progress.warning("norm gains are not tuned: the calibration text has less than two windows")
-        return model
+        why = "matrices were taken over, or weighted by an importance matrix"
+    elif windows is None or len(windows) < 2:
+        why = "the calibration text has less than two windows"
+    if why or windows is None:
+        return _noted(model, f"norm gains are not tuned: {why}", progress)
     loaded = run.load(PART)
     if loaded is None:
         held = min(HELD_OUT, max(1, len(windows) // 4))
@@ -111,7 +111,12 @@ def tune(
         run.store(PART, gains, asdict(tuned))
     else:
         gains, tuned = loaded[0], Tuned(**loaded[1])
-    return replace(model, gains=gains, tuned=asdict(tuned), notes=(tuned.summary(),))
+    return replace(model, gains=gains, tuned=asdict(tuned), notes=(*model.notes, tuned.summary()))
+
+
+def _noted(model: QuantizedModel, note: str, progress: Progress) -> QuantizedModel:
+    progress.note(note)
+    return replace(model, notes=(*model.notes, note))
 
 
 class Tuner:

@@ -96,14 +96,14 @@ def _one(kind: str, preset: str, options: dict[str, Any], folder: Path, progress
     found = evaluate(models, [(FULL, name) for name in files], tokens, protocol, progress)
     excess = {name: found[FULL, name].delta_nll for name in files}
     best = min((n for n in files if n != OURS), key=excess.__getitem__)
-    fast = {OURS: files[OURS], best: _at_level_4(files[best])}
+    fast = {n: path if n == OURS else _at_level_4(path) for n, path in files.items()}
     speeds: dict[str, list[float]] = {name: [] for name in fast}
-    for _ in range(3):  # in turn, so that what else runs on the machine hits both
+    for _ in range(3):  # in turn, so that what else runs on the machine hits all
         for name, path in fast.items():
             speeds[name].append(measure_speed(path, prompt=32, new=64).new_tokens_per_second)
     for name, path in files.items():
         share = f"{excess[OURS] / excess[best]:.2f}" if name == OURS else ""
-        speed = f"{max(speeds[name]):.0f}" if name in speeds else ""
+        speed = f"{max(speeds[name]):.0f}"
         print(_row(kind, name, path, found[FULL, name], speed, share), flush=True)
 
 

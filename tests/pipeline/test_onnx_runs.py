@@ -126,6 +126,22 @@ def manifest_config(folder: Path) -> dict[str, Any]:
     return found
 
 
+def test_what_is_exported_again_still_says_how_gains_were_tuned(both: Path, tmp_path: Path) -> None:
+    assert export(both, "onnx", tmp_path / "again").exit_code == 0
+    assert manifest_of(tmp_path / "again")["tuning"] == manifest_of(both)["tuning"]
+
+
+def test_rules_for_single_tensors_are_taken_over_in_the_other_formats_names(tmp_path: Path) -> None:
+    rules = ("ffn_down=INT2_G64", "attn_q=INT4_G32")
+    options = {**ONNX, "type": "INT4_G32", "tensor_types": rules}
+    assert deploy(trained_checkpoint("llama"), tmp_path / "out", options).exit_code == 0
+    assert export(tmp_path / "out", "gguf", tmp_path / "again").exit_code == 0
+    manifest = manifest_of(tmp_path / "again")
+    assert manifest["recipe"]["tensor_types"] == ["ffn_down=Q2_0", "attn_q=Q4_0"]
+    assert manifest["tensors"]["blk.0.ffn_down.weight"]["type"] == "Q2_0"
+    assert manifest["tensors"]["blk.0.attn_q.weight"]["type"] == "Q4_0"
+
+
 def test_the_folder_is_what_others_load(both: Path) -> None:
     from transformers import AutoConfig, AutoTokenizer
 

@@ -356,3 +356,41 @@ def test_asking_for_what_is_not_there(written: Path) -> None:
             lying.quantized(LINEAR)
     with pytest.raises(InputError, match="is missing"):
         dataclasses.replace(file, types={"x": "Q4_0"}).quantized("x")
+
+
+def test_floats_in_another_type_than_announced(written: Path) -> None:
+    """The type is part of what a file promises, also where the values happen to be the same."""
+    file = read_onnx(written)
+    kind = file.types[NORM]
+    other = "F16" if kind == "F32" else "F32"
+    lying = dataclasses.replace(file, types={**file.types, NORM: other})
+    with pytest.raises(InputError, match=f"{NORM} is float"):
+        lying.floats(NORM)
+
+
+@pytest.mark.parametrize("kind", [0, 99])
+def test_tensors_of_no_known_type(kind: int, written: Path) -> None:
+    proto = onnx.load(str(written), load_external_data=False)
+    tensor = next(t for t in proto.graph.initializer if t.name == NORM)
+    tensor.data_type = kind
+    written.write_bytes(proto.SerializeToString())
+    with pytest.raises(InputError, match="cannot be read"):
+        read_onnx(written).floats(NORM)
+
+
+def test_metadata_that_nests_without_end(written: Path) -> None:
+    proto = onnx.load(str(written), load_external_data=False)
+    for entry in proto.metadata_props:
+        entry.value = "[" * 100_000
+    written.write_bytes(proto.SerializeToString())
+    with pytest.raises(InputError, match="was not written by this exporter"):
+        read_onnx(written)
+
+
+@pytest.mark.parametrize("scale", [np.inf, np.nan, -1.0])
+def test_scales_that_are_none_of_the_format(scale: float) -> None:
+    fmt = get_format("UINT4_G16")
+    codes, zeros = np.zeros((4, 16), np.int8), np.zeros((4, 1), np.int8)
+    scales = np.full((4, 1), scale, np.float16)
+    with pytest.raises(VerificationError, match="a scale of a matrix"):
+        quantized_tensor(IntegerWeight(4, 16, codes, scales, zeros), fmt)

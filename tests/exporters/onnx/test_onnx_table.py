@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
 import pytest
 import torch
+from numpy.typing import NDArray
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -154,15 +157,31 @@ def test_a_file_gives_its_rows_back(kind: str, tmp_path: Path) -> None:
     assert np.array_equal(integer_weight(back).dequantize(), solved.dequantize().numpy())
 
 
-@pytest.mark.parametrize("part", ["_quantized", "_zero_point", "_scale"])
-@pytest.mark.parametrize("change", ["cut", "retyped"])
-def test_damaged_rows_are_noticed(part: str, change: str, tmp_path: Path) -> None:
-    path = model_of("UINT4_G16").write(tmp_path)
+DAMAGE: dict[str, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    "cut": lambda array: array[:, :-1],
+    "fewer rows": lambda array: array[:-1],
+    "no rows": lambda array: array[:0],
+    "retyped": lambda array: array.astype(np.int16),
+    "a number": lambda array: array.reshape(-1)[0],
+    "a vector": lambda array: array.reshape(-1),
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        *(("UINT4_G16", part) for part in ("_quantized", "_zero_point", "_scale")),
+        *(("INT3_G16", part) for part in ("_quantized_low", "_quantized_high")),
+        *(("FINT4_G16", part) for part in ("_quantized", "_zero_point")),
+    ],
+)
+@pytest.mark.parametrize("change", DAMAGE)
+def test_damaged_rows_are_noticed(kind: str, part: str, change: str, tmp_path: Path) -> None:
+    path = model_of(kind, packed=kind == "INT3_G16").write(tmp_path)
     proto = onnx.load(str(path))
     tensor = next(t for t in proto.graph.initializer if t.name == EMBEDDING + part)
-    array = numpy_helper.to_array(tensor)
-    array = array[:, :-1] if change == "cut" else array.astype(np.int16)
+    array = DAMAGE[change](numpy_helper.to_array(tensor))
     tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), tensor.name))
     onnx.save(proto, str(path))
-    with pytest.raises(InputError, match="not the UINT4_G16 announced"):
+    with pytest.raises(InputError, match=f"not the {kind} announced"):
         read_onnx(path).quantized(EMBEDDING)

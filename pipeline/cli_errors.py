@@ -89,7 +89,8 @@ def _as_expected(error: Any) -> PipelineError | None:
         return ResourceError(
             "out of memory",
             why=str(error).partition("\n")[0],
-            fix="lower --set calibration.batch=1, --samples or --seqlen",
+            fix="lower --set calibration.batch=1, --samples or --seqlen; if it was tuning, lower "
+            "tuning.batch, or set tuning.steps=0: finished blocks are kept",
         )
     if isinstance(error, OSError):
         try:

@@ -87,7 +87,7 @@ def carry_out(
     check_disk(order.folder, source, resolved.recipe)
     with RunDirectory(order.folder, identity, fresh=order.fresh, warn=progress.warning) as run:
         again = order.fresh or overwrite
-        report = None if again else _delivered(output, identity, resolved.recipe)
+        report = None if again else _delivered(output, identity, resolved.recipe, texts)
         if report is None:
             check_output(output, overwrite=overwrite)
             model, allocation = matrices(run)
@@ -110,7 +110,9 @@ def check_disk(folder: Path, source: Source, recipe: Recipe) -> None:
     check_free_space(folder, BYTES_PER_PARAMETER * source.checkpoint.num_parameters + measured)
 
 
-def _delivered(output: Path, identity: Mapping[str, Any], recipe: Recipe) -> Report | None:
+def _delivered(
+    output: Path, identity: Mapping[str, Any], recipe: Recipe, texts: Texts
+) -> Report | None:
     """The report of an earlier run of the same command, if it has delivered already.
 
     A run may have been killed after it had published, before it could say so.
@@ -118,7 +120,8 @@ def _delivered(output: Path, identity: Mapping[str, Any], recipe: Recipe) -> Rep
     if not (output / OUTPUT_MARKER).is_file():
         return None
     manifest = check_files(output)
-    same = json.loads(json.dumps({"identity": identity, "recipe": recipe.flat()}))
+    ours = {"identity": identity, "recipe": recipe.flat(), "texts": texts.describe()}
+    same = json.loads(json.dumps(ours))
     if any(manifest[key] != value for key, value in same.items()):
         return None
     return Report.from_dict(manifest["report"])

@@ -154,7 +154,7 @@ class Tuning(Frozen):
 
     steps: int = Field(default=0, ge=0, description="Steps of the optimizer; 0 leaves them.")
     batch: int = Field(default=4, ge=1, description="Windows of calibration.seqlen in a step.")
-    rate: float = Field(default=3e-3, gt=0, description="Largest step of a gain, relative.")
+    rate: float = Field(default=3e-3, gt=0, le=1, description="Largest step of a gain, relative.")
 
 
 class Evaluation(Frozen):
@@ -364,10 +364,11 @@ class Recipe(Frozen):
     def decisive(self) -> dict[str, Value]:
         """The values that decide the bytes of the quantized weights, under their dotted keys.
 
-        What only measures or judges the result (evaluation, gates, runtime) or writes it (onnx) is
-        left out, so that an interrupted run may continue with another gate.
+        What only measures or judges the result (evaluation, gates, runtime), writes it (onnx) or
+        comes after it (tuning) is left out, so that an interrupted run may continue with another
+        gate.
         """
-        measuring = ("evaluation.", "gates.", "runtime.", "onnx.")
+        measuring = ("evaluation.", "gates.", "runtime.", "onnx.", "tuning.")
         return {key: value for key, value in self.flat().items() if not key.startswith(measuring)}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,7 @@ from pipeline.stages.quantize import BIAS, Part, QuantizedModel, part_by_part
 from pipeline.stages.report import RECIPE, check_files
 from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
 from pipeline.stages.transform import Delivered, transform
+from pipeline.stages.tune import Tuned, was_tuned
 from pipeline.stages.walk import store_free
 from pipeline.storage import OUTPUT_MARKER
 from pipeline.targets import GGUF_NAMES, check_held, parse_targets
@@ -94,8 +95,7 @@ def reexport(
         enter(progress, "transform")
         rewritten = transform(recipe, source, texts.calibration, Delivered(folder), progress)
         enter(progress, "quantize")
-        model = _take_over(rewritten, file, run, progress)
-        return replace(model, tuned=manifest.get("tuning", {})), None
+        return _take_over(rewritten, file, run, manifest, progress), None
 
     given = ResolvedRecipe(recipe, resolved.origins)
     return carry_out(order, identity, given, source, texts, matrices, progress)
@@ -165,9 +165,14 @@ def _adapted(source: Source, file: ModelFile, recipe: Recipe) -> Source:
 
 
 def _take_over(
-    source: Source, file: ModelFile, run: RunDirectory, progress: Progress
+    source: Source,
+    file: ModelFile,
+    run: RunDirectory,
+    manifest: Mapping[str, Any],
+    progress: Progress,
 ) -> QuantizedModel:
-    """Codes and scales of the file, and tables that are made anew, in the run directory."""
+    """Codes, scales and gains of the file, and tables that are made anew, in the run directory."""
+    source = replace(source, tuned=was_tuned(manifest))
     with ExitStack() as stack:
         if file.target == "gguf":
             weights = GGUFWeights(file.path, source.checkpoint.config)
@@ -193,7 +198,9 @@ def _take_over(
 
         model = part_by_part(source, run, progress, make)
         gains = {name: floats(name) for name in source.shapes if is_gain(name)}
-        return replace(model, gains=gains)
+        tuned = manifest.get("tuning", {})
+        notes = (Tuned(**tuned).summary(),) if tuned else ()
+        return replace(model, gains=gains, tuned=tuned, notes=notes)
 
 
 def _other_names(kind: str) -> list[str]:

@@ -37,7 +37,7 @@ from pipeline.stages.quantize import QuantizedModel, quantize
 from pipeline.stages.repack import repack
 from pipeline.stages.report import RECIPE, check_files
 from pipeline.stages.transform import Delivered, transform
-from pipeline.stages.tune import tune
+from pipeline.stages.tune import tune, was_tuned
 from pipeline.stages.verify import wants_llamacpp
 from pipeline.storage import scratch_folder
 
@@ -276,7 +276,7 @@ def verify(
     source = transform(recipe, source, texts.calibration, Delivered(folder), progress)
     enter(progress, "verify")
     files = model_files(folder, manifest, recipe)
-    source = as_delivered(source, files[0])
+    source = replace(as_delivered(source, files[0]), tuned=was_tuned(manifest))
     with scratch_folder(folder) as scratch:
         ladder = climb_all(files, recipe, source, texts, scratch, progress)
     report = report_of(ladder, files, source, manifest["report"]["counts"], progress)

@@ -102,7 +102,7 @@ def other_windows(
         token_ids: int64 [tokens], as for `sample_windows`.
         used: What it drew, int64 [n, length]; windows with the same tokens are left out.
         samples: Most windows wanted.
-        seed: Of the choice, which is random and in text order.
+        seed: Of the choice and its order, which are random.
         bos_id: As for `sample_windows`.
 
     Returns:
@@ -115,7 +115,7 @@ def other_windows(
     taken = {tuple(row) for row in used[:, marked:].tolist()}
     free = torch.tensor([i for i, row in enumerate(grid.tolist()) if tuple(row) not in taken])
     generator = torch.Generator().manual_seed(seed)
-    chosen = free[torch.randperm(len(free), generator=generator)[:samples]].sort().values.long()
+    chosen = free[torch.randperm(len(free), generator=generator)[:samples]].long()
     tokens = grid[chosen]
     if bos_id is not None:
         tokens = torch.cat([torch.full((len(tokens), 1), bos_id), tokens], dim=1)

@@ -81,9 +81,9 @@ def prepare_texts(recipe: Recipe, source: Source) -> Texts:
     context = int(source.config.max_position_embeddings)
     tokens, length = tokenize(source.tokenizer, texts[0].text), min(seqlen, context)
     drawn = sample_windows(tokens, samples=samples, length=length, seed=recipe.seed, bos_id=bos)
-    tuning = None
+    tuning, seen = None, 0
     if recipe.tuning.steps:
-        tuning = _tuning_windows(recipe, tokens, drawn.tokens, bos)
+        tuning, seen = _tuning_windows(recipe, tokens, drawn.tokens, bos)
     ids = tokenize(source.tokenizer, texts[1].text)
     if bos is not None:
         ids = torch.cat([torch.tensor([bos]), ids])
@@ -98,19 +98,23 @@ def prepare_texts(recipe: Recipe, source: Source) -> Texts:
             0, recipe.evaluation.context - context
         ),
         "evaluation chunks missing": recipe.evaluation.chunks - chunks,
+        **({"tuning windows that solvers have seen": seen} if recipe.tuning.steps else {}),
     }
     return Texts(drawn.tokens, evaluation, texts, counts, tuning)
 
 
-def _tuning_windows(recipe: Recipe, tokens: Tensor, used: Tensor, bos: int | None) -> Tensor:
+def _tuning_windows(
+    recipe: Recipe, tokens: Tensor, used: Tensor, bos: int | None
+) -> tuple[Tensor, int]:
     """Windows to judge on and for every step: of text that calibration does not use as far as there
-    is any, then those that solvers do not see, then the others."""
+    is any, then those that solvers do not see, then the others; and how many these are."""
     wanted = HELD_OUT + recipe.tuning.steps * recipe.tuning.batch
     others = other_windows(tokens, used, samples=wanted, seed=recipe.seed, bos_id=bos)
     batch = recipe.calibration.batch
     apart = held_out_batches(-(-len(used) // batch), recipe.calibration.held_out)
     kept = torch.isin(torch.arange(len(used)) // batch, torch.tensor(apart))
-    return torch.cat([others, used[kept], used[~kept]])[:wanted]
+    found = torch.cat([others, used[kept], used[~kept]])[:wanted]
+    return found, max(0, len(found) - len(others) - int(kept.sum()))
 
 
 def _evaluation_windows(

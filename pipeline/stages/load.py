@@ -62,6 +62,7 @@ class Source:
     exactness: tuple[Gate, ...] = ()
     rewrite_notes: tuple[str, ...] = ()
     bounds: tuple[dict[str, Any], ...] = ()
+    tuned: bool = False
 
     @property
     def head(self) -> str:

@@ -1,24 +1,24 @@
 """Tune the gains of the norms of a quantized model, so that it predicts as the float model does.
 
 Every file holds the norms in float32: other gains cost no byte, no time, and no parity. They are
-fitted to the KL divergence of the predictions from those of the float model, on text that the
-solver has not seen, by Adam on factors of the gains; gradients go through the whole network, one
-block at a time. Norm Tweaking (arXiv 2309.02784, section 3) tunes norms after quantization to the
+fitted to the KL divergence of the predictions from those of the float model, by Adam on factors of
+the gains, on text that the solver has not seen as far as there is any; gradients go through the
+whole network. Norm Tweaking (arXiv 2309.02784, section 3) tunes norms after quantization to the
 means and variances of each layer's outputs; the loss of the whole network is what EfficientQAT
 (arXiv 2407.11062, section 3.3) trains scales with. Gains alone gave nearly all of what gains and
 super-scales gave together.
 
 What is best on held-out windows is kept: the gains that were, if nothing is better.
 
-In memory are the residual streams of one batch at all blocks, the float model's last residual
-streams for a round, and the blocks; where these would take more than half of what is free, they are
-read again in every step.
+In memory are embedding and head, quantized and float, the residual streams of one batch at all
+blocks, those of the windows of a round in the float model, and the blocks; where these would take
+more than half of what is free, they are read again in every step.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from pipeline.architectures.base import EMBEDDING, FINAL_NORM, is_gain
+from pipeline.errors import VerificationError
 from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.run_directory import RunDirectory
@@ -39,6 +40,7 @@ from runtimes.metrics import kl_divergence
 from runtimes.torch_reference import DecoderBlock, TorchReference
 
 PART = "norms"
+CONTROL_GROUP = Path("/sys/fs/cgroup")
 ROUNDS = 5
 """How often gains are judged on held-out windows."""
 
@@ -79,6 +81,11 @@ class Tuned:
         )
 
 
+def was_tuned(manifest: Mapping[str, Any]) -> bool:
+    """Whether a finished folder has other gains than its checkpoint, by its manifest."""
+    return bool(manifest.get("tuning", {}).get("kept", 0))
+
+
 def tune(
     recipe: Recipe, model: QuantizedModel, texts: Texts, run: RunDirectory, progress: Progress
 ) -> QuantizedModel:
@@ -103,15 +110,24 @@ def tune(
         why = "the calibration text has less than two windows"
     if why or windows is None:
         return _noted(model, f"norm gains are not tuned: {why}", progress)
+    fitted_to = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
+    of = {**recipe.tuning.model_dump(), "windows": fitted_to}
     loaded = run.load(PART)
-    if loaded is None:
+    if loaded is None or loaded[1]["of"] != of:
         held = min(HELD_OUT, max(1, len(windows) // 4))
         tuner = Tuner(model, recipe, choose_device(recipe.device))
         gains, tuned = tuner.fit(windows[held:], windows[:held], progress)
-        run.store(PART, gains, asdict(tuned))
+        run.store(PART, gains, {"of": of, "tuned": asdict(tuned)})
     else:
-        gains, tuned = loaded[0], Tuned(**loaded[1])
-    return replace(model, gains=gains, tuned=asdict(tuned), notes=(*model.notes, tuned.summary()))
+        gains, tuned = loaded[0], Tuned(**loaded[1]["tuned"])
+    source = replace(model.source, tuned=bool(gains))
+    return replace(
+        model,
+        source=source,
+        gains=gains,
+        tuned=asdict(tuned),
+        notes=(*model.notes, tuned.summary()),
+    )
 
 
 def _noted(model: QuantizedModel, note: str, progress: Progress) -> QuantizedModel:
@@ -146,9 +162,10 @@ class Tuner:
         self.gains = {name: model.read(name).to(device) for name in names}
         self._student = engine(lambda n: self.gains[n] if n in self.gains else model.read(n))
         self._teacher = engine(source.read)
-        self._head = model.read(source.head).to(device)
-        self._float_head = source.read(source.head).to(device)
         self._embedding = model.read(EMBEDDING).to(device)
+        tied = source.head == EMBEDDING
+        self._head = self._embedding if tied else model.read(source.head).to(device)
+        self._float_head = source.read(source.head).to(device)
         sizes = [math.prod(shape) for n, shape in source.shapes.items() if ".layers." in n]
         kept = 4 * sum(sizes) <= free_bytes(device) // 2
         self._blocks: dict[int, DecoderBlock] | None = {} if kept else None
@@ -180,7 +197,9 @@ class Tuner:
             targets = self.last_streams(windows[chosen[first:end].flatten()])
             for step, wanted in zip(range(first, end), targets.split(batch), strict=True):
                 descent.step(windows[chosen[step]], wanted)
-            figure = self.divergence(held_out, judged)
+            figure = math.inf
+            with suppress(VerificationError):  # steps that left the range of numbers won nothing
+                figure = self.divergence(held_out, judged)
             progress.figure("KLD", figure)
             if figure < after:
                 best, kept, after, idle = descent.gains(), end, figure, 0
@@ -338,11 +357,14 @@ def schedule(step: int, steps: int) -> float:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device."""
+    """Memory that is free on a device; 0 if the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
+    found = []
     with suppress(OSError):  # what Linux could free counts too
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [1024 * int(n.split()[1]) for n in lines if n.startswith("MemAvailable:")]
+    with suppress(OSError, ValueError):  # a container's limit; "max" is none
+        limit, used = (int((CONTROL_GROUP / f"memory.{n}").read_text()) for n in ("max", "current"))
+        found.append(max(0, limit - used))
+    return min(found, default=0)

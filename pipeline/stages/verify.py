@@ -170,7 +170,7 @@ def _open_engines(
         """The file's matrices, corrected biases and tuned gains, and what else the checkpoint has:
         the twin vouches for the rest."""
         corrected = recipe.quantization.bias_correction and name.endswith(".bias")
-        tuned = recipe.tuning.steps > 0 and is_gain(name)
+        tuned = source.tuned and is_gain(name)
         own = corrected or tuned or name in source.plan.types
         return weights.read(name) if own else source.read(name)
 

@@ -80,7 +80,7 @@ def climb_onnx(
         gates += [_census_gate(name, runner.census(), source) for name, runner in runners.items()]
         if any(gate.status == "red" for gate in gates):
             return Ladder(tuple(gates), ())
-        reader = _reader(file, source, tuned=recipe.tuning.steps > 0)
+        reader = _reader(file, source)
         twin = TorchReference(source.config, reader, head=source.head, inner=source.inner)
         models: dict[str, Logits] = {
             FULL: TorchReference(source.config, source.original, head=source.head).logits,
@@ -107,12 +107,12 @@ def climb_onnx(
     return Ladder(tuple(gates), qualities)
 
 
-def _reader(file: OnnxFile, source: Source, *, tuned: bool) -> Any:
+def _reader(file: OnnxFile, source: Source) -> Any:
     """Weights, biases and tuned gains of the file, by Hugging Face name; the checkpoint's norms
     else, for which the twin gate vouches."""
 
     def read(name: str) -> Tensor:
-        own = name.endswith(".bias") or (tuned and is_gain(name))
+        own = name.endswith(".bias") or (source.tuned and is_gain(name))
         if name not in source.plan.types and not own:
             return source.read(name)
         if file.types.get(name) in FLOAT_TYPES:

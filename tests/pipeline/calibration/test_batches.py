@@ -111,8 +111,8 @@ def test_other_windows_are_of_the_same_text_and_not_those_drawn(bos: int | None)
     first = 0 if bos is None else 1
     starts = others[:, first]
     assert not set(starts.tolist()) & set(drawn[:, first].tolist())
-    assert torch.equal(starts.sort().values, starts)
     assert len(set(starts.tolist())) == 15
+    assert max(starts[:5]) > 600  # the first ones, which judge, are not the text's beginning
     assert torch.equal(others[:, -1] - starts, torch.full((15,), 9 - first))
     assert bos is None or bool((others[:, 0] == bos).all())
 

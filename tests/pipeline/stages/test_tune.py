@@ -173,6 +173,33 @@ def test_gains_stay_when_no_step_is_better_and_no_more_are_made(
     assert len(seen) == 4  # two rounds of five
 
 
+def test_steps_that_leave_the_range_of_numbers_are_not_kept(
+    trained: tuple[Recipe, QuantizedModel, Tensor],
+) -> None:
+    recipe, model, windows = trained
+    wild = recipe.tuning.model_copy(update={"steps": 4, "rate": 1e30})
+    gains, tuned = fitted(recipe.model_copy(update={"tuning": wild}), model, windows)
+    assert gains == {}
+    assert tuned.kept == 0
+
+
+def test_free_memory_is_the_least_that_the_system_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(stage, "CONTROL_GROUP", tmp_path)
+    free = stage.free_bytes(cpu)
+    assert free > 0
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("700\n")
+    assert stage.free_bytes(cpu) > 1000
+    (tmp_path / "memory.max").write_text("1700\n")
+    assert stage.free_bytes(cpu) == 1000
+    (tmp_path / "memory.max").unlink()
+    monkeypatch.setattr(Path, "read_text", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+    assert stage.free_bytes(cpu) == 0
+
+
 def windows_of(folder: Path, characters: int, **options: Any) -> tuple[Tensor, Tensor]:
     """Calibration windows and tuning windows of a text of so many characters."""
     (folder / "text.txt").write_text(corpus("calibration", characters), encoding="utf-8")
@@ -212,6 +239,25 @@ def test_a_short_text_gives_held_out_windows_and_then_those_that_solvers_saw(
     apart = held_out_batches(batches, 0.1)
     assert len(apart) == 1
     assert torch.equal(tuning[:4], calibration[4 * apart[0] :][:4])
+
+
+def test_gains_of_other_steps_or_other_text_are_not_taken_over(
+    trained: tuple[Recipe, QuantizedModel, Tensor], tmp_path: Path
+) -> None:
+    recipe, model, windows = trained
+    name, few = "model.norm.weight", recipe.tuning.model_copy(update={"steps": 3})
+    short = recipe.model_copy(update={"tuning": few})
+    with RunDirectory(tmp_path / "run", {"x": 1}) as run, open_progress("quiet") as progress:
+        first, other, text = (
+            tune(asked, model, texts(part), run, progress).read(name)
+            for asked, part in (
+                (recipe, windows[:20]),
+                (short, windows[:20]),
+                (short, windows[:24]),
+            )
+        )
+    assert not torch.equal(first, other)
+    assert not torch.equal(other, text)
 
 
 def test_finished_gains_are_taken_from_the_run_directory(

@@ -195,7 +195,7 @@ def test_weights_are_read_from_the_file(folder: Path) -> None:
         load_recipe(file=folder / "recipe.toml").recipe, allow_pickle=False
     )
     file = read_onnx(folder / "model.onnx")
-    read = verify_onnx._reader(file, source, tuned=False)
+    read = verify_onnx._reader(file, source)
     name = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(read(name), file.quantized(name).dequantize())
     assert not torch.equal(read(name), source.read(name))

@@ -17,6 +17,9 @@ from pipeline.quantization.formats import QuantizedTensor, get_format, stored_pa
 from tests.tiny import random_model
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LINEARS = 14
+"""Of a tiny model: 7 in each of 2 blocks."""
+
 EXACT = {"session.qdq_matmulnbits_accuracy_level": "1"}
 
 
@@ -169,3 +172,25 @@ def census(path: Path, scratch: Path, options: dict[str, str] = EXACT) -> Counte
         else node.op_type
         for node in graph.node
     )
+
+
+def fused_as_solved(model: TinyModel, folder: Path) -> tuple[Path, Counter[str]]:
+    """Write a model and check it: its logits are the library's, and every product with weights, the
+    head's too, is fused.
+
+    Returns:
+        The file and the census of its nodes.
+    """
+    path, ids = model.write(folder), random_ids(2, 20)
+    onnx.checker.check_model(str(path), full_check=True)
+    assert np.abs(run(session(path), ids)[0] - model.logits(ids)).max() < 2e-5
+    left = census(path, folder)
+    assert left["MatMulNBits"] == LINEARS + 1
+    assert left["DequantizeLinear"] == left["unfused linear"] == 0
+    return path, left
+
+
+def bytes_of(path: Path, name: str) -> int:
+    """Bytes of all initializers whose names begin so."""
+    held = onnx.load(str(path)).graph.initializer
+    return sum(len(tensor.raw_data) for tensor in held if tensor.name.startswith(name))

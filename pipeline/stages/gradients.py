@@ -1,4 +1,4 @@
-"""Back-propagation through one block at a time, from labels that the model itself samples."""
+"""Back-propagation through one block at a time: to linears, to parameters; sampled labels."""
 
 from __future__ import annotations
 
@@ -48,6 +48,34 @@ def inputs_and_gradients(
         for name, g in zip(linears, rest, strict=True)
     }
     return first, found
+
+
+def parameters_and_gradients(
+    block: DecoderBlock, wanted: Callable[[str], bool], residual: Tensor, gradient: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Back-propagate through one block to some of its parameters.
+
+    Args:
+        block: The block; none of its parameters asks for gradients afterwards.
+        wanted: Of which parameters, by their names relative to the block.
+        residual: Residual stream at its input, [windows, length, hidden].
+        gradient: Of the loss, with respect to the stream at its output, same shape.
+
+    Returns:
+        The gradient with respect to `residual`, and those with respect to the parameters by name.
+    """
+    chosen = {name: one for name, one in block.layer.named_parameters() if wanted(name)}
+    try:
+        with torch.enable_grad():
+            for one in chosen.values():
+                one.requires_grad_()
+            start = residual.detach().clone().requires_grad_()
+            end = block(start)
+            first, *rest = torch.autograd.grad(end, [start, *chosen.values()], gradient)
+    finally:
+        for one in chosen.values():
+            one.requires_grad_(False)
+    return first, dict(zip(chosen, rest, strict=True))
 
 
 def sampled_gradient(

@@ -27,6 +27,7 @@ from pipeline.quantization.scales.absmax import absmax
 from pipeline.quantization.scales.alternating import alternating
 from pipeline.quantization.scales.base import BlockProblem, ScaleRule
 from pipeline.quantization.tensor_scale import format_for
+from pipeline.stages.gradients import parameters_and_gradients
 from pipeline.stages.load import Source
 from pipeline.stages.stored import FLOAT_TYPES, StoredTensor
 from pipeline.transforms.changes import Change, ReadTensor
@@ -288,21 +289,15 @@ class QuantizedNetwork:
         sums: list[Tensor],
     ) -> Tensor:
         """Gradient at the block's input; its weights' gradients go into the rotations' sums."""
-        block = self._model.block(index)
         prefix = f"model.layers.{index}."
-        weights = {
-            prefix + name: weight
-            for name, weight in block.layer.named_parameters()
-            if prefix + name in self._weights.seen
-        }
-        with torch.enable_grad():
-            for weight in weights.values():
-                weight.requires_grad_()
-            start = residual.detach().clone().requires_grad_()
-            end = block(start)
-        first, *rest = torch.autograd.grad(end, [start, *weights.values()], gradient)
-        for name, found in zip(weights, rest, strict=True):
-            self._weights.add(name, found, operators, sums)
+        first, weights = parameters_and_gradients(
+            self._model.block(index),
+            lambda name: prefix + name in self._weights.seen,
+            residual,
+            gradient,
+        )
+        for name, found in weights.items():
+            self._weights.add(prefix + name, found, operators, sums)
         return first
 
     def _embed(self, part: Tensor, operators: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,8 +5,7 @@ fitted to the KL divergence of the predictions from those of the float model, by
 the gains, on text that the solver has not seen as far as there is any; gradients go through the
 whole network. Norm Tweaking (arXiv 2309.02784, section 3) tunes norms after quantization to the
 means and variances of each layer's outputs; the loss of the whole network is what EfficientQAT
-(arXiv 2407.11062, section 3.3) trains scales with. Gains alone gave nearly all of what gains and
-super-scales gave together.
+(arXiv 2407.11062, section 3.3) trains scales with.
 
 What is best on held-out windows is kept: the gains that were, if nothing is better.
 
@@ -34,6 +33,7 @@ from pipeline.progress import Progress
 from pipeline.recipe import Recipe
 from pipeline.run_directory import RunDirectory
 from pipeline.stages.calibrate import HELD_OUT, Texts
+from pipeline.stages.gradients import parameters_and_gradients
 from pipeline.stages.quantize import QuantizedModel
 from pipeline.stages.walk import choose_device
 from runtimes.metrics import kl_divergence
@@ -260,17 +260,10 @@ class Tuner:
         streams = list(self._streams(tokens))
         loss, gradient, found = self._through_head(streams.pop(), targets)
         for index in reversed(range(self._student.n_blocks)):
-            block = self._block(index)
-            gains = {n: p for n, p in block.layer.named_parameters() if is_gain(n)}
-            with torch.enable_grad():
-                stream = streams.pop().requires_grad_()
-                for gain in gains.values():
-                    gain.requires_grad_()
-                end = block(stream)
-                gradient, *rest = torch.autograd.grad(end, [stream, *gains.values()], gradient)
-            for (name, gain), one in zip(gains.items(), rest, strict=True):
-                gain.requires_grad_(False)
-                found[f"model.layers.{index}.{name}"] = one
+            gradient, gains = parameters_and_gradients(
+                self._block(index), is_gain, streams.pop(), gradient
+            )
+            found |= {f"model.layers.{index}.{name}": one for name, one in gains.items()}
         return loss, found
 
     def _through_head(

@@ -36,6 +36,7 @@ def main() -> None:
     rival.add_argument("--calibration")
     rival.add_argument("--evaluation")
     rival.add_argument("--folder", type=Path, default=Path("stock"), help="where files are kept")
+    _add_set(rival)
     other = commands.add_parser("onnx", help="our ONNX files against ONNX Runtime's quantizer's")
     other.add_argument("model", nargs="?", help="checkpoint folder (default: the demo model)")
     other.add_argument("--types", nargs="+", default=["4x32", "2x64"], help="BITS or BITSxGROUP")
@@ -43,6 +44,7 @@ def main() -> None:
     other.add_argument("--calibration")
     other.add_argument("--evaluation")
     other.add_argument("--folder", type=Path, default=Path("onnx"), help="where files are kept")
+    _add_set(other)
     spent = commands.add_parser("budget", help="what a budget buys at the sizes of mixes")
     spent.add_argument("model", nargs="?", help="checkpoint folder (default: the demo model)")
     spent.add_argument("--types", nargs="+", default=["Q2_K", "Q3_K_M", "Q4_K_M"])
@@ -67,6 +69,7 @@ def main() -> None:
             wanted.types,
             wanted.preset,
             pure=wanted.pure,
+            settings=_settings(wanted),
         )
     elif wanted.command == "onnx":
         _module("onnx").measure(
@@ -76,6 +79,7 @@ def main() -> None:
             wanted.folder,
             wanted.types,
             wanted.preset,
+            settings=_settings(wanted),
         )
     elif wanted.command == "budget":
         _module("budget").measure(
@@ -108,6 +112,16 @@ def main() -> None:
         print(_module("table").render(wanted.out))
 
 
+def _add_set(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="further recipe values"
+    )
+
+
+def _settings(wanted: argparse.Namespace) -> dict[str, Any]:
+    return dict(_setting(text) for text in wanted.set)
+
+
 def _setting(text: str) -> tuple[str, Any]:
     """Key and value; numbers and true are JSON, anything else is a text."""
     key, _, value = text.partition("=")
@@ -135,9 +149,7 @@ def _add_transforms(commands: Any) -> None:
     rewritten.add_argument(
         "--only", "--rows", dest="rows", nargs="+", default=list(transforms.ROWS), metavar="ROW"
     )
-    rewritten.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE", help="further recipe values"
-    )
+    _add_set(rewritten)
     rewritten.add_argument("--outliers", nargs="+", default=["without", "with"])
     rewritten.add_argument("--out", type=Path, default=Path("transforms.json"))
     rewritten.add_argument(
@@ -168,7 +180,7 @@ def _measure_transforms(wanted: argparse.Namespace) -> None:
         preset=wanted.preset,
         types=wanted.types,
         rows=wanted.rows,
-        settings=dict(_setting(text) for text in wanted.set),
+        settings=_settings(wanted),
     )
 
 

@@ -10,7 +10,7 @@ ln perplexity over full precision, relative to the best rival's.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ def measure(
     folder: Path,
     types: Sequence[str],
     preset: str,
+    *,
+    settings: Mapping[str, Any],
 ) -> None:
     """Deploy each type, let ONNX Runtime quantize the same model, compare, print a row a file.
 
@@ -60,6 +62,7 @@ def measure(
         folder: Where the files are kept; a deploy that is there already is taken.
         types: ``BITS`` or ``BITSxGROUP``.
         preset: Of the recipe.
+        settings: Further recipe values.
     """
     folder.mkdir(parents=True, exist_ok=True)
     print(HEAD + "\n" + "| --- " * 7 + "|", flush=True)
@@ -72,6 +75,7 @@ def measure(
             "type": kind,
             "calibration.source": calibration,
             "evaluation.source": evaluation,
+            **settings,
         }
         with open_progress() as progress:
             _one(kind, preset, given, folder, progress)

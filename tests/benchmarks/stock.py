@@ -46,6 +46,7 @@ def measure(
     preset: str,
     *,
     pure: bool,
+    settings: Mapping[str, Any],
 ) -> None:
     """Deploy each type, let llama.cpp quantize the same model, compare, print a row a type.
 
@@ -57,6 +58,7 @@ def measure(
         types: Types or mixes.
         preset: Of the recipe.
         pure: All matrices in the one type, embedding and head Q8_0; else llama-quantize's mixes.
+        settings: Further recipe values.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tables = {"pure": True, "token_embedding_type": "Q8_0", "output_tensor_type": "Q8_0"}
@@ -66,6 +68,7 @@ def measure(
         "evaluation.source": evaluation,
         "emit": ("imatrix",),
         **(tables if pure else {}),
+        **settings,
     }
     options = {key: value for key, value in shared.items() if value is not None}
     floating = folder / "full-precision.gguf"

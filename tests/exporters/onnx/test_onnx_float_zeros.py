@@ -16,9 +16,20 @@ from exporters.onnx import integer_weight, read_onnx, storage_of
 from exporters.onnx.integers import quantized_tensor, stored_bytes
 from pipeline.errors import InputError, VerificationError
 from pipeline.quantization.formats import QuantizedTensor, get_format, stored_pair
-from tests.onnx_models import EMBEDDING, HEAD, TinyModel, census, random_ids, rounded, run, session
+from tests.onnx_models import (
+    EMBEDDING,
+    HEAD,
+    LINEARS,
+    TinyModel,
+    bytes_of,
+    census,
+    fused_as_solved,
+    random_ids,
+    rounded,
+    run,
+    session,
+)
 
-LINEARS = 14  # 7 in each of 2 blocks
 LINEAR = "model.layers.0.mlp.down_proj.weight"
 KINDS = ("FINT4_G16", "FINT4_G32", "FINT4_G64", "FINT2_G32", "FINT2_G64")
 
@@ -89,16 +100,8 @@ def test_the_runtime_decodes_bit_for_bit(kind: str, level: str, tmp_path: Path) 
 @pytest.mark.parametrize("tied", [False, True])
 def test_tables(kind: str, tied: bool, tmp_path: Path) -> None:
     model = model_of("INT4_G32", kind, tied=tied)
-    path, ids = model.write(tmp_path), random_ids(2, 20)
-    onnx.checker.check_model(str(path), full_check=True)
-    assert np.abs(run(session(path), ids)[0] - model.logits(ids)).max() < 2e-5
-    left = census(path, tmp_path)
-    assert left["MatMulNBits"] == LINEARS + 1
-    assert left["DequantizeLinear"] == left["unfused linear"] == 0
-    held = [t for t in onnx.load(str(path)).graph.initializer if t.name.startswith(EMBEDDING)]
-    assert sum(len(t.raw_data) for t in held) == stored_bytes(
-        get_format(kind), (512, 64), EMBEDDING
-    )
+    path, _ = fused_as_solved(model, tmp_path)
+    assert bytes_of(path, EMBEDDING) == stored_bytes(get_format(kind), (512, 64), EMBEDDING)
     back, solved = read_onnx(path).quantized(EMBEDDING), model.solved[EMBEDDING]
     assert torch.equal(back.codes, solved.codes)
     assert all(torch.equal(back.scales[n], solved.scales[n]) for n in ("d", "m"))

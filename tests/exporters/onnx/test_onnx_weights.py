@@ -17,7 +17,17 @@ from exporters.onnx import integer_weight, read_onnx
 from exporters.onnx.integers import quantized_tensor, stored_bytes
 from pipeline.errors import InputError, VerificationError
 from pipeline.quantization.formats import get_format
-from tests.onnx_models import EMBEDDING, HEAD, TinyModel, census, random_ids, rounded, run, session
+from tests.onnx_models import (
+    EMBEDDING,
+    HEAD,
+    LINEARS,
+    TinyModel,
+    census,
+    random_ids,
+    rounded,
+    run,
+    session,
+)
 
 TOLERANCE = 2e-5
 SYMMETRIC = ("Q2_0", "Q4_0", "Q8_0", "INT2_G32", "INT3_G16", "INT4_G64", "INT8_G64")
@@ -25,7 +35,6 @@ ZERO_POINTS = ("UINT2_G32", "UINT3_G64", "UINT4_G16", "UINT4_G32")
 MATRICES = (*SYMMETRIC, *ZERO_POINTS)
 STORED = {"Q2_0": 2, "Q4_0": 4, "Q8_0": 8, "INT2_G32": 2, "INT3_G16": 4, "INT4_G64": 4}
 MLP = "model.layers.0.mlp"
-LINEARS = 14  # 7 in each of 2 blocks
 
 
 def linears(kind: str, table: str = "F16", head: str = "F16") -> Callable[[str], str]:
